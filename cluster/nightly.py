@@ -1,0 +1,196 @@
+"""The night: every day that is not done yet is scored, trained on, committed, logged, judged and promoted or held.
+
+    driver                                            workers, all days of one call in one run
+    which days are pending; read their footers   ->   for each day: score with the model of the day before,
+                                                      train from its checkpoint, commit the checkpoint
+    log the day to MLflow, judge, promote or hold <-  event: committed
+    write the decision down
+
+A day is trained when its manifest is there, and done when its decision is there: a night that was killed anywhere goes on from that.
+"""
+
+import datetime
+import json
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+from cluster.registry import Decision, judge
+from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.config import Config, as_dict, flatten
+from trainer.data import DayPlan, Logs
+from trainer.day import run_day
+from trainer.errors import UserError
+from trainer.learner import build, open_logs
+from trainer.pictures import days_picture
+from trainer.tracking import Tracking
+from trainer.workers import Event, Worker, run_here, run_on_ray
+
+_PROGRESS_EVERY_S = 0.25
+_ONE_DAY = datetime.timedelta(days=1)
+
+
+def nightly(
+    config: Config,
+    *,
+    first: datetime.date | None = None,
+    through: datetime.date | None = None,
+    use_ray: bool = True,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """Do every day that is not done. Returns {"model", "days": [...]}: one entry a committed day of the range, in order."""
+    checkpoints = open_checkpoints(config)
+    plans = pending(config, open_logs(config), checkpoints, first, through)
+    morning = Morning(config, checkpoints)
+    morning.decide_all()
+
+    def hear(event: Event) -> None:
+        if event["event"] == "committed":
+            morning.decide_all()
+        on_event(event)
+
+    if plans:
+        train(config, plans, use_ray=use_ray, on_event=hear)
+        morning.decide_all()  # a worker that was lost right after a commit never told
+    trained = {plan.day for plan in plans}
+    days = [d for d in checkpoints.days() if (first is None or d >= first) and (through is None or d <= through)]
+    return {"model": config.name, "days": [day_entry(checkpoints, day, day in trained) for day in days]}
+
+
+def open_checkpoints(config: Config) -> Checkpoints:
+    return Checkpoints(config.checkpoints.path, config.name)
+
+
+def pending(
+    config: Config, logs: Logs, checkpoints: Checkpoints, first: datetime.date | None, through: datetime.date | None
+) -> list[DayPlan]:
+    """The days to train on: after the newest committed one, within first .. through. Their footers are read and checked here."""
+    committed, present = checkpoints.days(), logs.days()
+    start = max([d for d in (first, committed[-1] + _ONE_DAY if committed else present[0]) if d])
+    end = through or present[-1]
+    days = [d for d in present if start <= d <= end]
+    if config.nightly.missing_days == "stop" and start <= end:
+        expected = [start + i * _ONE_DAY for i in range((end - start).days + 1)]
+        if missing := [str(d) for d in expected if d not in days]:
+            do = "deliver it, narrow --from and --through, or set nightly.missing_days=skip"
+            raise UserError(f"day {missing[0]} is missing", logs.path, got=f"days {present[0]} .. {present[-1]}", do=do)
+    return [logs.plan(day) for day in days]
+
+
+def train(config: Config, plans: list[DayPlan], *, use_ray: bool, on_event: Callable[[Event], None]) -> None:
+    """Train on the days, in order, on the configured workers or in this process."""
+    job = partial(work, config=config, plans=plans)
+    if use_ray:
+        run_on_ray(job, on_event, num_workers=config.train.workers, max_failures=config.nightly.max_failures)
+    else:
+        run_here(job, on_event)
+
+
+def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
+    """What each worker does: the days that are not committed yet, in order, from the newest checkpoint before them."""
+    checkpoints, logs = open_checkpoints(config), open_logs(config)
+    learner = build(config, worker.exchange, worker.device)
+    latest = checkpoints.latest(before=plans[-1].day + _ONE_DAY)
+    if latest:
+        checkpoints.load(learner, latest)
+    newest = latest.day if latest else None
+    for plan in plans:
+        if newest and plan.day <= newest:
+            continue  # committed before the workers were started again
+        report = run_day(
+            learner,
+            logs,
+            plan,
+            batch_size=config.train.batch_size,
+            lanes=config.data.lanes,
+            gauc=config.data.gauc,
+            score=newest is not None,
+            progress=_teller(worker, plan),
+        )
+        checkpoints.save(learner, plan.day, report)
+        newest = plan.day
+        if worker.exchange.rank == 0:
+            worker.emit({"event": "committed", "day": str(plan.day), "report": report})
+
+
+def _teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:
+    """Tells the driver how far worker 0 is, a few times a second at most."""
+    told = 0.0
+
+    def progress(phase: str, rows: int) -> None:
+        nonlocal told
+        if worker.exchange.rank == 0 and time.monotonic() - told > _PROGRESS_EVERY_S:
+            told = time.monotonic()
+            event = {"event": "progress", "day": str(plan.day), "phase": phase, "rows": min(rows, plan.num_rows)}
+            worker.emit(event | {"of": plan.num_rows})
+
+    return progress
+
+
+class Morning:
+    """What the driver does with a committed day: log it, judge it, promote or hold it, write the decision down."""
+
+    def __init__(self, config: Config, checkpoints: Checkpoints):
+        self._config, self._checkpoints = config, checkpoints
+
+    @cached_property
+    def _tracking(self) -> Tracking:
+        return Tracking(self._config.tracking.mlflow, self._config.name)
+
+    def decide_all(self) -> None:
+        """Every committed day that has no decision yet, in order."""
+        for day in self._checkpoints.days():
+            if self._checkpoints.decision(day) is None:
+                self._decide(self._checkpoints.open(day))
+
+    def _decide(self, checkpoint: Checkpoint) -> None:
+        report, champion = checkpoint.report, self.champion()
+        gate = self._config.nightly.gate
+        addresses = gate.addresses or tuple(self._first_address(report))
+        decision = judge(report["metrics"], champion.report["metrics"] if champion else None, addresses, gate.tolerance)
+        run_id = self._log(checkpoint, decision)
+        version = self._tracking.register(run_id, tags={"day": report["day"], "checkpoint": checkpoint.id, "state": decision.state})
+        if decision.state == "promoted":
+            self._tracking.set_alias("champion", version)
+        record = {"state": decision.state, "reason": decision.reason, "run_id": run_id, "version": version}
+        self._checkpoints.decide(checkpoint.day, record)
+
+    def champion(self) -> Checkpoint | None:
+        """The checkpoint that serves: the newest promoted day's."""
+        for day in reversed(self._checkpoints.days()):
+            if (self._checkpoints.decision(day) or {}).get("state") == "promoted":
+                return self._checkpoints.open(day)
+        return None
+
+    @staticmethod
+    def _first_address(report: dict[str, Any]) -> list[str]:
+        return [address for address, metrics in report["metrics"].items() if "auc" in metrics][:1]
+
+    def _log(self, checkpoint: Checkpoint, decision: Decision) -> str:
+        report = checkpoint.report
+        metrics = {k.replace(".", "/"): v for k, v in flatten(report).items() if isinstance(v, int | float)}
+        history = [(str(d), flatten_metrics(self._checkpoints.open(d).report)) for d in self._checkpoints.days() if d <= checkpoint.day]
+        return self._tracking.log_day(
+            report["day"],
+            params=flatten(as_dict(self._config)),
+            metrics=metrics,
+            tags={"checkpoint": checkpoint.id, "state": decision.state, "reason": decision.reason, "folder": checkpoint.folder},
+            files={
+                "checkpoint/manifest.json": json.dumps(checkpoint.manifest, indent=1).encode(),
+                "days.png": days_picture(history, title=self._config.name),
+            },
+        )
+
+
+def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:
+    """A report's metrics as {"click@all/auc": value}."""
+    return {f"{address}/{name}": value for address, of in report["metrics"].items() for name, value in of.items()}
+
+
+def day_entry(checkpoints: Checkpoints, day: datetime.date, trained: bool) -> dict[str, Any]:
+    """One day as `nightly --json` prints it."""
+    report = checkpoints.open(day).report
+    decision = checkpoints.decision(day) or {"state": "undecided", "reason": "not logged and judged yet"}
+    wanted = ("day", "rows", "seconds", "samples_per_s", "workers", "memory_bytes", "metrics", "losses", "nulls", "ids")
+    return {key: report[key] for key in wanted} | {"state": decision["state"], "reason": decision["reason"], "trained": trained}

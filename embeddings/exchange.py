@@ -1,0 +1,71 @@
+"""How workers talk: one small protocol, for one process and for many.
+
+Every call is collective: all workers make the same calls in the same order, a worker without work with empty tensors.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+
+class Exchange(Protocol):
+    """Worker `rank` of `num_workers`."""
+
+    rank: int
+    num_workers: int
+
+    def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        """Send send[0:s0] to worker 0, the next s1 to worker 1 ...; returns what the others sent here, worker 0's part first."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over the workers, in place, the same bits on every worker."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """On worker 0 every worker's tensor (1-D, any lengths, in worker order); elsewhere an empty list."""
+        ...
+
+
+class LocalExchange:
+    """One worker, no process group."""
+
+    rank = 0
+    num_workers = 1
+
+    def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        return send
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+
+class CollectiveExchange:
+    """The workers of the process group that is already there: gloo on CPU, NCCL on CUDA."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.num_workers = torch.distributed.get_world_size()
+
+    def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        received = send.new_empty(sum(receive_sizes), *send.shape[1:])
+        torch.distributed.all_to_all_single(received, send.contiguous(), list(receive_sizes), list(send_sizes))
+        return received
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        sizes = torch.zeros(self.num_workers, dtype=torch.int64, device=tensor.device)
+        sizes[self.rank] = tensor.numel()
+        sizes = self.all_reduce(sizes)
+        mine = [tensor.numel()] + [0] * (self.num_workers - 1)
+        received = self.all_to_all(tensor, mine, sizes.tolist() if self.rank == 0 else [0] * self.num_workers)
+        return list(received.split(sizes.tolist())) if self.rank == 0 else []

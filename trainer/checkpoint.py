@@ -1,0 +1,248 @@
+"""A day's model on disk: shard files, then the manifest. What has no manifest does not exist.
+
+    <path>/<model>/day=2026-11-20/manifest.json                                    written last: the commit
+    <path>/<model>/day=2026-11-20/decision.json                                    promoted or held, and why
+    <path>/<model>/day=2026-11-20/<attempt>/rows/<table>/00000-of-00002.parquet    one a table and shard
+    <path>/<model>/day=2026-11-20/<attempt>/dense.safetensors                      dense net, its optimizer, running statistics
+
+Every attempt writes into a folder of its own, so one that was killed is never mixed with the next. Every file's size and SHA-256 stand in
+the manifest and are checked when it is read. Nothing read here can run code: Parquet, safetensors, JSON.
+"""
+
+import datetime
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from embeddings.buckets import NUM_BUCKETS
+from embeddings.snapshot import load_table, overlapping, save_table
+from trainer.agree import agree, gather_json
+from trainer.data import open_filesystem
+from trainer.errors import UserError
+from trainer.learner import Learner
+
+FORMAT = 1
+Result = TypeVar("Result")
+_DAY = "day="
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed day. report: what happened on it (metrics, counts, seconds)."""
+
+    day: datetime.date
+    folder: str
+    manifest: dict[str, Any]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = self.manifest["report"]
+        return report
+
+    @property
+    def id(self) -> str:
+        """A hash of the manifest: of everything in the checkpoint."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Checkpoints:
+    """The checkpoints of one model below one path, on any filesystem that pyarrow can open."""
+
+    def __init__(self, path: str, model: str):
+        self._filesystem, root = open_filesystem(path)
+        self.path, self._root = f"{path.rstrip('/')}/{model}", f"{root}/{model}"
+
+    def days(self) -> list[datetime.date]:
+        """The committed days, in order."""
+        selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
+        names = [info.base_name.removeprefix(_DAY) for info in self._filesystem.get_file_info(selector)]
+        days = [datetime.date.fromisoformat(name) for name in sorted(names)]
+        return [day for day in days if self._exists(f"{self._folder(day)}/manifest.json")]
+
+    def open(self, day: datetime.date) -> Checkpoint:
+        """The manifest of a committed day."""
+        path = f"{self._folder(day)}/manifest.json"
+        try:
+            manifest = json.loads(self._read(path))
+        except (ValueError, OSError) as error:
+            raise UserError("the checkpoint's manifest cannot be read", path, got=str(error), do=_retrain(day)) from None
+        if manifest.get("format") != FORMAT or manifest.get("num_buckets") != NUM_BUCKETS:
+            got = f"format {manifest.get('format')}, {manifest.get('num_buckets')} buckets"
+            raise UserError("a checkpoint of another version", path, got=got, expected=f"format {FORMAT}, {NUM_BUCKETS} buckets")
+        return Checkpoint(day, self._folder(day), manifest)
+
+    def latest(self, before: datetime.date | None = None) -> Checkpoint | None:
+        """The newest committed day, or the newest one before a day."""
+        days = [day for day in self.days() if before is None or day < before]
+        return self.open(days[-1]) if days else None
+
+    def decision(self, day: datetime.date) -> dict[str, Any] | None:
+        """What was decided about a committed day, or None while nothing is."""
+        path = f"{self._folder(day)}/decision.json"
+        return json.loads(self._read(path)) if self._exists(path) else None
+
+    def decide(self, day: datetime.date, decision: dict[str, Any]) -> None:
+        """Write down what was decided about a committed day."""
+        self._write_whole(f"{self._folder(day)}/decision.json", json.dumps(decision, indent=1).encode())
+
+    def save(self, learner: Learner, day: datetime.date, report: dict[str, Any]) -> None:
+        """Write a day and commit it. Collective; when a worker fails to write its part, all raise and nothing is committed."""
+        exchange = learner.exchange
+        attempt = self._attempt(learner)
+        folder = f"{self._folder(day)}/{attempt}"
+        files, error = self._guarded(lambda: self._write_parts(learner, folder))
+        agree(exchange, error)
+        all_files = gather_json(exchange, files)
+        if exchange.rank == 0:
+            manifest = {
+                "format": FORMAT,
+                "num_buckets": NUM_BUCKETS,
+                "num_shards": exchange.num_workers,
+                "attempt": attempt,
+                "tables": {name: {"dim": table.dim} for name, table in learner.embeddings.shard.tables.items()},
+                "files": {path: entry for part in all_files for path, entry in part.items()},
+                "report": report,
+            }
+            _, error = self._guarded(lambda: self._commit(day, manifest))
+        agree(exchange, error)
+
+    def load(self, learner: Learner, checkpoint: Checkpoint) -> None:
+        """Fill a fresh learner from a checkpoint of any number of workers. Collective."""
+        _, error = self._guarded(lambda: self._read_parts(learner, checkpoint))
+        agree(learner.exchange, error)
+
+    def _folder(self, day: datetime.date) -> str:
+        return f"{self._root}/{_DAY}{day}"
+
+    def _exists(self, path: str) -> bool:
+        return bool(self._filesystem.get_file_info(path).type == pyarrow.fs.FileType.File)
+
+    def _attempt(self, learner: Learner) -> str:
+        """One name that all workers agree on: worker 0's random number, summed with everybody's zero."""
+        mine = uuid.uuid4().int >> 80 if learner.exchange.rank == 0 else 0
+        return f"{int(learner.exchange.all_reduce(torch.tensor([mine])).item()):012x}"
+
+    def _write_parts(self, learner: Learner, folder: str) -> dict[str, dict[str, Any]]:
+        exchange, shard = learner.exchange, learner.embeddings.shard
+        files = {}
+        for table in shard.tables:
+            path = f"{folder}/rows/{table}/{exchange.rank:05d}-of-{exchange.num_workers:05d}.parquet"
+            self._filesystem.create_dir(f"{folder}/rows/{table}", recursive=True)
+            rows = save_table(shard, table, self._filesystem, path)
+            files[path.removeprefix(f"{folder}/")] = self._fingerprint(path) | {"rows": rows}
+        if exchange.rank == 0:
+            path = f"{folder}/dense.safetensors"
+            self._write(path, safetensors.torch.save(_dense_state(learner)))
+            files["dense.safetensors"] = self._fingerprint(path)
+        return files
+
+    def _commit(self, day: datetime.date, manifest: dict[str, Any]) -> None:
+        self._write_whole(f"{self._folder(day)}/manifest.json", json.dumps(manifest, indent=1).encode())
+        for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._folder(day))):
+            if info.type == pyarrow.fs.FileType.Directory and info.base_name != manifest["attempt"]:
+                self._filesystem.delete_dir(info.path)  # what killed attempts left behind
+
+    def _read_parts(self, learner: Learner, checkpoint: Checkpoint) -> None:
+        exchange, shard, manifest = learner.exchange, learner.embeddings.shard, checkpoint.manifest
+        saved = manifest["num_shards"]
+        for name, table in shard.tables.items():
+            known = manifest["tables"].get(name)
+            if known is None:
+                continue  # a table new in the configuration starts empty
+            if known["dim"] != table.dim:
+                got, do = f"dim {table.dim}", "keep the dim, or train under a new name"
+                raise UserError("the table's width changed", f"tables.{name}", got=got, expected=f"dim {known['dim']}", do=do)
+            parts = [f"rows/{name}/{s:05d}-of-{saved:05d}.parquet" for s in overlapping(exchange.rank, exchange.num_workers, saved)]
+            paths = [self._verified(checkpoint, part) for part in parts]
+            load_table(shard, name, self._filesystem, paths, exchange.rank, exchange.num_workers)
+        path = self._verified(checkpoint, "dense.safetensors")
+        _load_dense_state(learner, safetensors.torch.load(self._read(path)), path)
+
+    def _verified(self, checkpoint: Checkpoint, file: str) -> str:
+        """The path of a file whose bytes are those that were written."""
+        path = f"{checkpoint.folder}/{checkpoint.manifest['attempt']}/{file}"
+        want = checkpoint.manifest["files"][file]
+        got = self._fingerprint(path)
+        if any(got[key] != want[key] for key in got):
+            raise UserError(
+                "a checkpoint file is damaged",
+                path,
+                got=f"{got['bytes']} bytes, SHA-256 {got['sha256'][:12]}...",
+                expected=f"{want['bytes']} bytes, SHA-256 {want['sha256'][:12]}...",
+                do=_retrain(checkpoint.day),
+            )
+        return path
+
+    def _fingerprint(self, path: str) -> dict[str, Any]:
+        digest, size = hashlib.sha256(), 0
+        with self._filesystem.open_input_stream(path) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+                size += len(chunk)
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    def _read(self, path: str) -> bytes:
+        with self._filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    def _write(self, path: str, content: bytes) -> None:
+        with self._filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+
+    def _write_whole(self, path: str, content: bytes) -> None:
+        """All of the content or none of it: under another name first, then moved into place."""
+        self._write(f"{path}.tmp", content)
+        self._filesystem.move(f"{path}.tmp", path)
+
+    def _guarded(self, work: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
+        """The result, or the trouble with disk or files as an error that all workers can agree on."""
+        try:
+            return work(), None
+        except UserError as error:
+            return None, error
+        except (OSError, pa.ArrowException, safetensors.SafetensorError) as error:
+            do = "free space or mend the storage, then run the same command again: the day before is untouched"
+            return None, UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do)
+
+
+def _retrain(day: datetime.date) -> str:
+    return f"restore the file from a copy, or remove the folder {_DAY}{day} and run again: the day is trained anew from the one before"
+
+
+def _dense_state(learner: Learner) -> dict[str, Tensor]:
+    """The dense net, its optimizer and the statistics as named tensors."""
+    state = {f"model/{name}": value for name, value in learner.model.state_dict().items()}
+    for name, parameter in learner.model.named_parameters():
+        for key, value in learner.optimizer.state[parameter].items():
+            state[f"optimizer/{name}/{key}"] = value
+    state |= {f"numbers/{name}": value for name, value in learner.stats.state().items()}
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _load_dense_state(learner: Learner, state: dict[str, Tensor], where: str) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "numbers": {}}
+    for name, value in state.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = value
+    mine = {name: tuple(value.shape) for name, value in learner.model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in parts["model"].items()}
+    if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
+        name = differing[0]
+        got, expected = f"{name}: {mine.get(name)} in the configuration", f"{theirs.get(name)} as trained"
+        do = "undo the change of features, tasks or model, or train under a new name"
+        raise UserError("the dense net's shape changed", where, got=got, expected=expected, do=do)
+    learner.model.load_state_dict(parts["model"])
+    for name, parameter in learner.model.named_parameters():
+        of_parameter = {k.rpartition("/")[2]: v for k, v in parts["optimizer"].items() if k.rpartition("/")[0] == name}
+        learner.optimizer.state[parameter] = {k: v.to(v.device if k == "step" else learner.device) for k, v in of_parameter.items()}
+    learner.stats.load({name: value.to(learner.device) for name, value in parts["numbers"].items()})

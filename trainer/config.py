@@ -1,0 +1,343 @@
+"""One YAML a model, strict: read, overridden, checked whole before anything starts, frozen.
+
+    load("configs/demo.yaml", ["train.workers=1"]) -> Config
+
+An unknown key, a wrong type, a name that nothing defines: each is a UserError with the dotted path and the nearest known word.
+Below this file nobody sees a config object: modules take plain values.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from embeddings.table import TableConfig
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the days lie: path/<day_column>=YYYY-MM-DD/*.parquet, on any filesystem that pyarrow can open.
+
+    group: the column that makes one ranked list (for GAUC), weighted as gauc says. keys: columns that predict copies. weight: a column of
+    sample weights. lanes: parts in which a day is read side by side; at least as many as workers, the same for the life of a model.
+    """
+
+    path: str
+    day_column: str = "day"
+    group: str | None = None
+    gauc: Literal["impressions", "positives", "equal"] = "impressions"
+    keys: tuple[str, ...] = ()
+    weight: str | None = None
+    lanes: int = 24
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """id: one id a row (or null). ids: a list of ids a row. number: a number a row (or null).
+
+    column: its name in the log, when it is not the feature's. pool: how a list's rows become one vector; max_len: its last so many ids count.
+    dropout: the share of training rows on which the feature reads as unknown. transform: applied to a number before standardising.
+    """
+
+    kind: Literal["id", "ids", "number"]
+    column: str | None = None
+    table: str | None = None
+    pool: Literal["mean", "sum"] = "mean"
+    max_len: int = 50
+    dropout: float = 0.0
+    transform: Literal["none", "log1p"] = "none"
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One thing to predict.
+
+    given: the event on which this one hangs; learnt through the product of probabilities over every row (ESMM). where: the event that
+    masks it; learnt on the rows where it happened. loss mse: a regression on transform(scale * label).
+    """
+
+    label: str | None = None
+    loss: Literal["bce", "mse"] = "bce"
+    given: str | None = None
+    where: str | None = None
+    transform: Literal["none", "log1p"] = "none"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """A shallow tower on selection features, added to the logits of the named tasks only; `missing` at serving."""
+
+    features: tuple[str, ...]
+    tasks: tuple[str, ...]
+    dropout: float = 0.1
+    layers: tuple[int, ...] = (16,)
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """How the tasks' losses become one: fixed weights, 1 where not named."""
+
+    kind: Literal["fixed"] = "fixed"
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """body: {kind, and that body's own settings}. tower_layers: the hidden layers of each task's tower."""
+
+    body: dict[str, Any]
+    tower_layers: tuple[int, ...] = (64,)
+    position: PositionConfig | None = None
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    optimizer: Literal["rowwise_adagrad"] = "rowwise_adagrad"
+    lr: float = 0.05
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    optimizer: Literal["adam"] = "adam"
+    lr: float = 0.001
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """batch_size: rows of a step over all workers together, so that the number of workers never changes the answer."""
+
+    workers: int = 2
+    batch_size: int = 4096
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    rows: RowsConfig = field(default_factory=RowsConfig)
+    dense: DenseConfig = field(default_factory=DenseConfig)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Hold a candidate whose AUC at one of the addresses is below the champion's by more than tolerance. Default: the first task's."""
+
+    addresses: tuple[str, ...] = ()
+    tolerance: float = 0.03
+
+
+@dataclass(frozen=True)
+class NightlyConfig:
+    """missing_days: whether a gap in the days stops the night. max_failures: how often lost workers are replaced in one call."""
+
+    gate: GateConfig = field(default_factory=GateConfig)
+    missing_days: Literal["stop", "skip"] = "stop"
+    max_failures: int = 3
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """The ranking score of predict: the product of predictions to these powers, by address (`click@all: 1.0`). Default: the first task."""
+
+    powers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    mlflow: str = "sqlite:///mlflow.db"
+
+
+@dataclass(frozen=True)
+class CheckpointsConfig:
+    path: str = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole file."""
+
+    name: str
+    data: DataConfig
+    features: dict[str, FeatureConfig]
+    tables: dict[str, TableConfig]
+    tasks: dict[str, TaskConfig]
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    nightly: NightlyConfig = field(default_factory=NightlyConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Read and check a configuration. overrides: `dotted.path=value`, the value in YAML."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError("cannot read the configuration", path, got=error.strerror or "", do="name a YAML file that exists") from None
+    tree = _parse(text, path)
+    if not isinstance(tree, dict):
+        raise UserError("the configuration is not a mapping", path, got=type(tree).__name__, expected="keys such as name, data, tasks")
+    for override in overrides:
+        _override(tree, override)
+    config = _validate(tree, path)
+    _check_names(config, path)
+    _check_numbers(config, path)
+    return config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dicts, defaults filled in."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to dotted keys: {"train": {"workers": 2}} -> {"train.workers": 2}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt word: `did you mean 'x'?`, or all that is known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice: the later one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key_node.value}' appears twice", problem_mark=key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}, line {mark.line + 1}" if mark else where
+        raise UserError("not valid YAML", place, got=getattr(error, "problem", None) or str(error), do="mend the line") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    if not separator or not path:
+        raise UserError("not an override", "--set", got=override, expected="dotted.path=value, such as train.workers=1")
+    *parents, last = path.split(".")
+    node = tree
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError("an override goes below a plain value", f"--set {path}", got=f"'{key}' is {node!r}", expected="a mapping")
+    node[last] = _parse(value, f"--set {override}")
+
+
+class _Strict(pydantic.BaseModel):
+    """Forbids unknown keys here and, by inheritance, in every dataclass below."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    config: Config
+
+
+def _validate(tree: dict[str, Any], where: str) -> Config:
+    try:
+        return _Strict(config=tree).config  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        raise _user_error(error.errors()[0], where) from None
+
+
+def _user_error(error: Any, where: str) -> UserError:
+    loc = [str(part) for part in error["loc"][1:]]
+    place, key = f"{where}: {'.'.join(loc)}", loc[-1]
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return UserError(f"unknown key '{key}'", place, do=nearest(key, _keys_at(loc[:-1])))
+    if error["type"] in ("missing", "missing_argument"):
+        return UserError(f"key '{key}' is missing", place, do="add it")
+    return UserError("wrong value", place, got=repr(error["input"]), expected=error["msg"].removeprefix("Input should be "))
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """The keys that the configuration knows at a dotted path; a mapping by name (features, tasks) takes any name."""
+    kind: Any = Config
+    for key in path:
+        if dataclasses.is_dataclass(kind):
+            kind = {f.name: f.type for f in dataclasses.fields(kind)}.get(key)
+        else:
+            kind = getattr(kind, "__args__", (None,))[-1]
+        options = [a for a in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(a)]
+        kind = options[0] if options and type(None) in kind.__args__ else kind
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _known(name: str, known: Iterable[str], place: str, what: str) -> None:
+    known = list(known)
+    if name not in known:
+        raise UserError(f"no {what} is called '{name}'", place, do=nearest(name, known))
+
+
+def _check_names(config: Config, where: str) -> None:
+    """Every name that is used is defined somewhere, and the tasks' graph has no circle."""
+    id_features = [name for name, feature in config.features.items() if feature.kind != "number"]
+    for name in id_features:
+        table = config.features[name].table
+        if table is None:
+            raise UserError("an id feature names no table", f"{where}: features.{name}", do=f"add table: {nearest(name, config.tables)}")
+        _known(table, config.tables, f"{where}: features.{name}.table", "table")
+    for name, task in config.tasks.items():
+        for relation in ("given", "where"):
+            parent = getattr(task, relation)
+            if parent is not None:
+                _known(parent, config.tasks, f"{where}: tasks.{name}.{relation}", "task")
+                if config.tasks[parent].loss != "bce":
+                    raise UserError(f"'{parent}' is no event", f"{where}: tasks.{name}.{relation}", expected="a task with loss: bce")
+        if task.given and (task.where or task.loss != "bce"):
+            raise UserError("given goes with loss: bce and without where", f"{where}: tasks.{name}")
+        _check_no_circle(config.tasks, name, where)
+    if position := config.model.position:
+        for feature_name in position.features:
+            _known(feature_name, id_features, f"{where}: model.position.features", "id feature")
+        for task_name in position.tasks:
+            _known(task_name, config.tasks, f"{where}: model.position.tasks", "task")
+    for task_name in config.model.balance.weights:
+        _known(task_name, config.tasks, f"{where}: model.balance.weights", "task")
+
+
+def _check_no_circle(tasks: Mapping[str, TaskConfig], name: str, where: str) -> None:
+    path, at = [name], tasks[name].given or tasks[name].where
+    while at is not None:
+        if at in path:
+            raise UserError("the tasks hang on each other in a circle", f"{where}: tasks.{name}", got=" -> ".join([*path, at]))
+        path.append(at)
+        at = tasks[at].given or tasks[at].where
+
+
+def _check_numbers(config: Config, where: str) -> None:
+    """Bounds that types do not say."""
+    bounds = {
+        "train.workers": (config.train.workers, 1, config.data.lanes),
+        "train.batch_size": (config.train.batch_size, config.data.lanes, 2**31),
+        "data.lanes": (config.data.lanes, 1, 65_536),
+        **{f"tables.{n}.dim": (t.dim, 1, 4096) for n, t in config.tables.items()},
+        **{f"tables.{n}.capacity_rows": (t.capacity_rows, 1, 2**31) for n, t in config.tables.items()},
+        **{f"features.{n}.dropout": (f.dropout, 0, 1) for n, f in config.features.items()},
+        **{f"features.{n}.max_len": (f.max_len, 1, 2**31) for n, f in config.features.items()},
+    }
+    for place, (value, low, high) in bounds.items():
+        if not low <= value <= high:
+            raise UserError("out of bounds", f"{where}: {place}", got=str(value), expected=f"{low} .. {high}")
+    for what in ("features", "tables", "tasks"):
+        if not getattr(config, what):
+            raise UserError(f"no {what}", f"{where}: {what}", do="name at least one")

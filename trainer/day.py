@@ -1,0 +1,107 @@
+"""A day: scored with yesterday's model, then trained on, then reported.
+
+Every function is collective: all workers call it with the same plan.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from trainer.agree import agreed
+from trainer.data import DayPlan, Logs
+from trainer.errors import UserError
+from trainer.learner import Learner
+from trainer.metrics import Evaluation
+from trainer.step import score_step, train_step
+
+Progress: TypeAlias = Callable[[str, int], None]  # what is being done ("score", "train"), and on how many of the day's rows it was done
+
+
+def score_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, gauc: str, progress: Progress) -> dict[str, Any]:
+    """The metrics of a day's rows by the model as it stands, over all workers; worker 0 has them, the others {}."""
+    exchange, graph = learner.exchange, learner.graph
+    mine = Evaluation(graph.addresses, gauc)
+    done = 0
+    for batch in agreed(exchange, logs.read(plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers)):
+        predictions = graph.predictions(score_step(learner, batch))
+        for address, answers_B in graph.answers(batch.labels_BT).items():
+            mine.add(address, predictions[address], answers_B, batch.groups_B)
+        done += batch.num_rows
+        progress("score", done * exchange.num_workers)
+    gathered = {name: exchange.gather(torch.from_numpy(values)) for name, values in mine.state().items()}
+    if exchange.rank:
+        return {}
+    states = [{name: parts[worker].numpy() for name, parts in gathered.items()} for worker in range(exchange.num_workers)]
+    return Evaluation.merge(graph.addresses, gauc, states).compute()
+
+
+def train_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, progress: Progress) -> dict[str, Any]:
+    """One pass over a day's rows. Returns what was counted, over all workers: losses, nulls, ids, steps."""
+    exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
+    shard.reset_counts()
+    losses_T = torch.zeros(len(learner.graph.tasks))
+    nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels))
+    steps = done = 0
+    reader = logs.read(
+        plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers, seed=learner.seed
+    )
+    for batch in agreed(exchange, reader):
+        losses_T += train_step(learner, batch, plan.day.toordinal()).cpu()
+        empty = [(ids.lengths_B == 0).sum() for ids in batch.ids.values()]
+        nulls += torch.stack([*empty, *batch.numbers_BK.isnan().sum(0), *batch.labels_BT.isnan().sum(0)])
+        steps, done = steps + 1, done + batch.num_rows
+        progress("train", done * exchange.num_workers)
+    losses = dict(zip(learner.graph.tasks, (exchange.all_reduce(losses_T) / steps).tolist(), strict=True))
+    check_finite(learner, losses)
+    columns = [*schema.ids, *schema.numbers, *schema.labels]
+    counted = dict(zip(columns, exchange.all_reduce(nulls).long().tolist(), strict=True))
+    return {"steps": steps, "losses": losses, "nulls": {c: n for c, n in counted.items() if n}, "ids": count_ids(learner)}
+
+
+def run_day(
+    learner: Learner, logs: Logs, plan: DayPlan, *, batch_size: int, lanes: int, gauc: str, score: bool, progress: Progress
+) -> dict[str, Any]:
+    """Score (when there is a model of the day before), then train. Returns the day's report; only worker 0's has the metrics."""
+    start = time.perf_counter()
+    metrics = score_day(learner, logs, plan, batch_size, lanes, gauc, progress) if score else {}
+    trained_from = time.perf_counter()
+    counted = train_day(learner, logs, plan, batch_size, lanes, progress)
+    end = time.perf_counter()
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = learner.exchange.all_reduce(torch.tensor([float(peak_bytes)], dtype=torch.float64))
+    return {
+        "day": str(plan.day),
+        "rows": plan.num_rows,
+        "seconds": round(end - start, 3),
+        "score_seconds": round(trained_from - start, 3),
+        "train_seconds": round(end - trained_from, 3),
+        "samples_per_s": round(plan.num_rows / (end - trained_from), 1),
+        "workers": learner.exchange.num_workers,
+        "memory_bytes": int(memory.item()),
+        "metrics": metrics,
+        **counted,
+    }
+
+
+def check_finite(learner: Learner, losses: Mapping[str, float]) -> None:
+    """A day that ran away is never committed."""
+    bad = [name for name, loss in losses.items() if not loss == loss or abs(loss) == float("inf")]
+    bad += [name for name, value in learner.model.named_parameters() if not value.isfinite().all()]
+    if bad:
+        do = "lower train.dense.lr or train.rows.lr; the day before is untouched"
+        raise UserError("training diverged: NaN or infinity", bad[0], got=f"losses {dict(losses)}", expected="finite numbers", do=do)
+
+
+def count_ids(learner: Learner) -> dict[str, dict[str, int]]:
+    """Each table's counts of this day and its rows, over all shards."""
+    shard, found = learner.embeddings.shard, {}
+    for table, counts in shard.counts.items():
+        values = asdict(counts) | {"rows": shard.maps[table].num_keys}
+        total: Tensor = learner.exchange.all_reduce(torch.tensor(list(values.values())))
+        found[table] = dict(zip(values, total.tolist(), strict=True))
+    return found

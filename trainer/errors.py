@@ -1,0 +1,27 @@
+"""The one kind of error that a user can cause and mend.
+
+Everything that is wrong with input, configuration, data, disk or checkpoint is raised as UserError: the command line prints its
+text without a traceback and ends with exit code 2. Anything else that escapes is our own fault and ends with exit code 1.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class UserError(Exception):
+    """What happened, where, what was found and expected, and what to do about it. The text is the message."""
+
+    what: str
+    where: str = ""
+    got: str = ""
+    expected: str = ""
+    do: str = ""
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.where}: {self.what}" if self.where else self.what,
+            f"got {self.got}" if self.got else "",
+            f"expected {self.expected}" if self.expected else "",
+            f"-> {self.do}" if self.do else "",
+        ]
+        return "\n  ".join(part for part in parts if part)

@@ -1,0 +1,114 @@
+"""Everything that learns, in one place: rows, dense net, optimizer, running statistics. What a checkpoint holds is what is here."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embeddings.client import ShardedEmbeddings
+from embeddings.exchange import Exchange
+from embeddings.optim import RowwiseAdagrad
+from embeddings.shard import Shard
+from trainer.config import Config
+from trainer.data import Batch, Logs, Schema
+from trainer.draws import Draws
+from trainer.features import Features, IdFeature
+from trainer.heads import Task, TaskGraph
+from trainer.model import MultiTaskModel, PositionTower, make_body
+from trainer.numbers import NumberStats
+
+
+@dataclass
+class Learner:
+    """One worker's part of the model. The dense net, its optimizer and the statistics are the same on every worker."""
+
+    exchange: Exchange
+    embeddings: ShardedEmbeddings
+    features: Features
+    model: MultiTaskModel
+    graph: TaskGraph
+    optimizer: torch.optim.Adam
+    stats: NumberStats
+    loss_weights_T: Tensor
+    autocast: bool
+    seed: int
+    device: torch.device
+
+    def draws(self, batch: Batch, day: int) -> Draws:
+        """The chance of a batch's rows in training; day: its ordinal."""
+        return Draws(batch.row_B, self.seed, day)
+
+
+def build(config: Config, exchange: Exchange, device: torch.device | None = None) -> Learner:
+    """A new, untrained learner. Same configuration and seed: same weights, on every worker."""
+    device = device or torch.device("cpu")
+    torch.manual_seed(config.train.seed)
+    features = _features(config)
+    graph = TaskGraph(_tasks(config))
+    names = list(graph.tasks)
+    body = make_body(config.model.body, features.input_dim, len(names))
+    position = None
+    if shallow := config.model.position:
+        dims = [feature.dim for feature in features.position.values()]
+        position = PositionTower(dims, shallow.layers, [names.index(task) for task in shallow.tasks], len(names))
+    model = MultiTaskModel(body, len(names), config.model.tower_layers, position).to(device)
+    rows = RowwiseAdagrad(config.train.rows.lr, config.train.rows.eps)
+    shard = Shard(config.tables, rows, num_shards=exchange.num_workers, seed=config.train.seed, device=device)
+    tables = {name: feature.table or "" for name, feature in config.features.items() if feature.kind != "number"}
+    return Learner(
+        exchange,
+        ShardedEmbeddings(shard, exchange, tables),
+        features,
+        model,
+        graph,
+        torch.optim.Adam(model.parameters(), lr=config.train.dense.lr),
+        NumberStats(features.num_numbers, device),
+        torch.tensor([config.model.balance.weights.get(name, 1.0) for name in names], device=device),
+        config.train.precision == "bf16",
+        config.train.seed,
+        device,
+    )
+
+
+def open_logs(config: Config) -> Logs:
+    """The logs that a configuration names, with the columns that its features and tasks need."""
+    ids = {name: f.column or name for name, f in config.features.items() if f.kind != "number"}
+    numbers = {name: f.column or name for name, f in config.features.items() if f.kind == "number"}
+    schema = Schema(
+        ids,
+        numbers,
+        {name: task.label or name for name, task in config.tasks.items()},
+        max_len={name: f.max_len for name, f in config.features.items() if f.kind == "ids"},
+        log1p=frozenset(name for name in numbers if config.features[name].transform == "log1p"),
+        binary=frozenset(name for name, task in config.tasks.items() if task.loss == "bce"),
+        weight=config.data.weight,
+        group=config.data.group,
+        keys=config.data.keys,
+    )
+    return Logs(config.data.path, config.data.day_column, schema)
+
+
+def _features(config: Config) -> Features:
+    shallow = config.model.position
+    selection = shallow.features if shallow else ()
+    ids = {
+        name: IdFeature(
+            config.tables[feature.table or ""].dim,
+            feature.pool == "mean",
+            shallow.dropout if shallow and name in selection else feature.dropout,
+        )
+        for name, feature in config.features.items()
+        if feature.kind != "number"
+    }
+    return Features(
+        {name: feature for name, feature in ids.items() if name not in selection},
+        {name: ids[name] for name in selection},
+        len(config.features) - len(ids),
+    )
+
+
+def _tasks(config: Config) -> dict[str, Task]:
+    return {
+        name: Task(task.loss == "bce", task.given, task.where, task.transform == "log1p", task.scale)
+        for name, task in config.tasks.items()
+    }
