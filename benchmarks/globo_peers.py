@@ -193,6 +193,19 @@ def summarize(seeds: dict[str, dict[str, Metrics]], address: str, metric: str) -
     return f"{means.mean():.4f}" + (f" +- {means.std(ddof=1):.4f}" if len(means) > 1 else "")
 
 
+def describe(first: datetime.date, through: datetime.date) -> dict[str, Any]:
+    """Return all that a reader of the numbers has to know of how they came about."""
+    return {
+        "order": "each day is scored before it is trained on",
+        "days": [str(first), str(through)],
+        "window_days": WINDOW_DAYS,
+        "frozen_at": str(first - datetime.timedelta(1)),
+        "gauc": f"by request_id, weighted by {GAUC_WEIGHTING}",
+        "dwell": "log1p of seconds",
+        "lightgbm": PARAMETERS | {"num_rounds": NUM_ROUNDS, "features": FEATURES},
+    }
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.globo_peers", description="Popularity and LightGBM on globo_rank."
@@ -220,20 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     seconds = time.perf_counter() - started
     print(f"{format_table(results)}\n{seconds:.0f} s; candidates that were not clicked are sampled")
-    protocol = {
-        "order": "each day is scored before it is trained on",
-        "first": str(options.first),
-        "through": str(options.through),
-        "window_days": WINDOW_DAYS,
-        "frozen_at": str(options.first - datetime.timedelta(1)),
-        "gauc": f"by request_id, weighted by {GAUC_WEIGHTING}",
-        "dwell": "log1p of seconds",
-        "features": FEATURES,
-        "num_rounds": NUM_ROUNDS,
-        "parameters": PARAMETERS,
-        "seconds": round(seconds, 1),
-    }
     if options.json:
+        protocol = describe(options.first, options.through) | {"seconds": round(seconds, 1)}
         options.json.write_text(json.dumps({"protocol": protocol, "peers": results}, indent=1) + "\n")
     return 0
 

@@ -156,12 +156,15 @@ class Morning:
         record = {"state": decision.state, "reason": decision.reason, "run_id": run_id, "version": version}
         self._checkpoints.decide(checkpoint.day, record)
 
-    def champion(self) -> Checkpoint | None:
-        """The checkpoint that serves: the newest promoted day's."""
+    def champion(self, before: datetime.date | None = None) -> Checkpoint | None:
+        """The checkpoint that serves: the newest promoted day's, or that of the newest one before a day."""
         for day in reversed(self._checkpoints.days()):
-            if (self._checkpoints.decision(day) or {}).get("state") == "promoted":
+            if (before is None or day < before) and self._state(day) == "promoted":
                 return self._checkpoints.open(day)
         return None
+
+    def _state(self, day: datetime.date) -> str | None:
+        return (self._checkpoints.decision(day) or {}).get("state")
 
     @staticmethod
     def _first_address(report: dict[str, Any]) -> list[str]:
@@ -169,7 +172,7 @@ class Morning:
 
     def _log(self, checkpoint: Checkpoint, decision: Decision) -> str:
         report = checkpoint.report
-        metrics = {k.replace(".", "/"): v for k, v in flatten(report).items() if isinstance(v, int | float)}
+        metrics = {k.replace(".", "/"): v for k, v in flatten(report).items() if isinstance(v, int | float) and k != "day"}
         history = [(str(d), flatten_metrics(self._checkpoints.open(d).report)) for d in self._checkpoints.days() if d <= checkpoint.day]
         return self._tracking.log_day(
             report["day"],

@@ -30,7 +30,11 @@ def history(
 
 
 def lines(axes: Axes) -> dict[str, list[float]]:
-    return {str(line.get_label()): list(line.get_ydata()) for line in axes.lines if "@" in str(line.get_label())}
+    return {
+        str(line.get_label()): np.asarray(line.get_ydata()).tolist()
+        for line in axes.lines
+        if "@" in str(line.get_label())
+    }
 
 
 def test_the_picture_is_a_png_with_the_colour_of_every_series() -> None:
@@ -49,7 +53,7 @@ def test_both_panels_show_every_address_with_its_own_values() -> None:
         for a, address in enumerate(("click@all", "buy@click")):
             assert lines(axes)[address] == pytest.approx([start + step * a + 0.001 * day for day in range(10)])
     assert [text.get_text() for text in auc.texts] == ["click@all  0.609", "buy@click  0.709"]
-    assert any(list(line.get_ydata()) == [1.0, 1.0] for line in calibration.lines)
+    assert any(np.array_equal(line.get_ydata(), [1.0, 1.0]) for line in calibration.lines)
 
 
 def test_the_calibration_axis_is_logarithmic_and_holds_one() -> None:

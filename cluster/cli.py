@@ -1,0 +1,243 @@
+"""The command line: daybreak VERB CONFIG [options].
+
+Exit codes: 0 done, 2 bad input or configuration (said in words), 1 anything else. --json: one JSON object as the last line of stdout, and
+everything for people on stderr.
+"""
+
+import datetime
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from trainer.errors import UserError
+
+app = typer.Typer(
+    name="daybreak",
+    help="Train one multi-task ranking model every night: score the new day, train on it, gate, promote.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[str, typer.Argument(help="The model's YAML file.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override a value of the configuration; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+NoRay = Annotated[bool, typer.Option("--no-ray", help="One worker in this process, without Ray.")]
+
+
+@app.command()
+def doctor(paths: Annotated[list[str] | None, typer.Argument(help="Folders that must be writable.")] = None, as_json: Json = False) -> None:
+    """Check this machine: versions that fit each other, cores, memory, GPUs, writable paths."""
+    from dataclasses import asdict
+
+    from cluster.doctor import examine
+    from cluster.tables import findings_table
+
+    findings = examine(paths or ["."])
+    _console(as_json).print(findings_table(findings))
+    _finish(as_json, {"ok": all(f.good is not False for f in findings), "findings": [asdict(f) for f in findings]})
+    if any(f.good is False for f in findings):
+        raise typer.Exit(2)
+
+
+@app.command()
+def simulate(
+    out: Annotated[str, typer.Argument(help="The folder for OUT/logs and OUT/truth.")],
+    days: Annotated[int, typer.Option(help="How many days.")] = 7,
+    start: Annotated[str, typer.Option(help="The first day.")] = "2026-11-01",
+    rows_per_day: Annotated[int, typer.Option(help="Impressions a day.")] = 60_000,
+    users: Annotated[int, typer.Option(help="Users alive on a day.")] = 3_000,
+    items: Annotated[int, typer.Option(help="Items alive on a day.")] = 1_500,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same logs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write days of impressions with a known law, and the law's probabilities beside them."""
+    from cluster.simulate import simulate as write
+
+    write(out, days=days, start=_day(start), users=users, items=items, rows_per_day=rows_per_day, seed=seed)
+    _console(as_json).print(f"{days} days of {rows_per_day:,} rows in {out}/logs, their law in {out}/truth", highlight=False)
+    _finish(as_json, {"logs": f"{out}/logs", "truth": f"{out}/truth", "days": days, "rows": days * rows_per_day})
+
+
+@app.command()
+def train(
+    config: Config,
+    day: Annotated[str, typer.Option(help="The day, YYYY-MM-DD.")],
+    sets: Set = [],  # noqa: B006 - typer's way
+    no_ray: NoRay = False,
+    as_json: Json = False,
+) -> None:
+    """Train on one day, from the newest checkpoint before it. Logs and promotes nothing: the next nightly does."""
+    from cluster.nightly import day_entry, open_checkpoints
+    from cluster.nightly import train as train_days
+    from cluster.tables import Show
+    from trainer.learner import open_logs
+
+    settings, date, console = _load(config, sets), _day(day), _console(as_json)
+    checkpoints = open_checkpoints(settings)
+    committed = checkpoints.days()
+    if date in committed:
+        console.print(f"day {date} is trained already: {checkpoints.path}", highlight=False)
+    elif committed and date < committed[-1]:
+        raise UserError(
+            f"day {date} lies before the newest checkpoint", checkpoints.path, got=f"trained through {committed[-1]}",
+            do="days are trained in order: remove the later checkpoints to go back",
+        )
+    else:
+        with Show(console) as show:
+            train_days(settings, [open_logs(settings).plan(date)], use_ray=not no_ray, on_event=show.event)
+    _finish(as_json, day_entry(checkpoints, date, date not in committed))
+
+
+@app.command()
+def nightly(
+    config: Config,
+    first: Annotated[str | None, typer.Option("--from", help="The first day, YYYY-MM-DD.")] = None,
+    through: Annotated[str | None, typer.Option(help="The last day, YYYY-MM-DD.")] = None,
+    truth: Annotated[str | None, typer.Option(help="A simulation's folder: also show the AUC that the true law reaches.")] = None,
+    sets: Set = [],  # noqa: B006
+    no_ray: NoRay = False,
+    as_json: Json = False,
+) -> None:
+    """Every day that is not done yet: score, train, commit, log, judge, promote or hold."""
+    from cluster.nightly import nightly as run
+    from cluster.tables import Show, days_table
+
+    settings, console = _load(config, sets), _console(as_json)
+    with Show(console) as show:
+        report = run(settings, first=_maybe_day(first), through=_maybe_day(through), use_ray=not no_ray, on_event=show.event)
+    law = None
+    if truth:
+        from cluster.simulate import law_auc
+
+        law = {entry["day"]: law_auc(truth, _day(entry["day"])) for entry in report["days"]}
+    console.print(days_table(report["days"], law))
+    _print_states(console, report["days"])
+    console.print(_how_to_open(settings.tracking.mlflow), highlight=False)
+    _finish(as_json, report)
+
+
+@app.command()
+def predict(
+    config: Config,
+    day: Annotated[str, typer.Option(help="The day whose rows are scored, YYYY-MM-DD.")],
+    out: Annotated[str, typer.Option(help="The folder for the Parquet files.")],
+    sets: Set = [],  # noqa: B006
+    no_ray: NoRay = False,
+    as_json: Json = False,
+) -> None:
+    """Score a day's rows with the promoted model from before that day."""
+    from cluster.predict import predict as run
+    from cluster.tables import Show
+
+    settings, console = _load(config, sets), _console(as_json)
+    with Show(console) as show:
+        report = run(settings, _day(day), out, use_ray=not no_ray, on_event=show.event)
+    console.print(f"{report['rows']:,} rows scored into {out} by the model of {report['trained_through']}", highlight=False)
+    _finish(as_json, report)
+
+
+@app.command()
+def status(config: Config, sets: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """The days that are done, their metrics, and which one serves."""
+    from cluster.nightly import Morning, day_entry, open_checkpoints
+    from cluster.tables import days_table
+
+    settings, console = _load(config, sets), _console(as_json)
+    checkpoints = open_checkpoints(settings)
+    days = [day_entry(checkpoints, day, False) for day in checkpoints.days()]
+    champion = Morning(settings, checkpoints).champion()
+    console.print(days_table(days) if days else f"no day is done yet in {checkpoints.path}")
+    _print_states(console, days)
+    console.print(f"champion: {champion.day if champion else 'none'}", highlight=False)
+    _finish(as_json, {"model": settings.name, "champion": str(champion.day) if champion else None, "days": days})
+
+
+def main() -> None:
+    """Run the command line; the only place where errors become exit codes."""
+    _run(lambda: app(standalone_mode=False), as_json="--json" in sys.argv)
+
+
+def _run(command: Callable[[], Any], as_json: bool) -> None:
+    try:
+        code = command()
+    except UserError as error:
+        print(f"daybreak: {error}", file=sys.stderr)
+        _finish(as_json, {"error": str(error)})
+        sys.exit(2)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except KeyboardInterrupt:
+        print("daybreak: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong option or argument
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _load(path: str, sets: list[str]) -> Any:
+    from trainer.config import load
+
+    return load(path, sets)
+
+
+def _console(as_json: bool) -> Console:
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160
+    return Console(stderr=as_json, width=width)
+
+
+def _finish(as_json: bool, value: Any) -> None:
+    if as_json:
+        print(json.dumps(_plain(value)), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _day(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise UserError("not a day", got=text, expected="YYYY-MM-DD") from None
+
+
+def _maybe_day(text: str | None) -> datetime.date | None:
+    return None if text is None else _day(text)
+
+
+def _print_states(console: Console, days: list[dict[str, Any]]) -> None:
+    for entry in days:
+        if entry["state"] == "held":
+            console.print(f"{entry['day']} held: {entry['reason']}", highlight=False)
+
+
+def _how_to_open(uri: str) -> str:
+    if not uri.startswith("sqlite:"):
+        return f"MLflow: {uri}"
+    artifacts = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
+    return (
+        "see every day in MLflow:\n"
+        f"  MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --backend-store-uri {uri} "
+        f"--artifacts-destination {artifacts}\n  then open http://127.0.0.1:5000"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A day's scores: every row of a day by the model that would have served it, written as Parquet, one file a worker."""
+
+import datetime
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from cluster.nightly import Morning, open_checkpoints
+from trainer.agree import agreed
+from trainer.checkpoint import Checkpoint
+from trainer.config import Config, nearest
+from trainer.data import DayPlan
+from trainer.errors import UserError
+from trainer.learner import build, open_logs
+from trainer.predictions import PredictionFile
+from trainer.step import score_step
+from trainer.workers import Event, Worker, run_here, run_on_ray
+
+
+def predict(
+    config: Config, day: datetime.date, out: str, *, use_ray: bool = True, on_event: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Score a day into out/. The model is the newest promoted one from before the day, or the newest promoted one at all."""
+    checkpoints = open_checkpoints(config)
+    morning = Morning(config, checkpoints)
+    checkpoint = morning.champion(before=day) or morning.champion()
+    if checkpoint is None:
+        raise UserError("no model is promoted yet", checkpoints.path, do="run nightly first")
+    plan = open_logs(config).plan(day)
+    job = partial(_work, config=config, plan=plan, checkpoint=checkpoint, out=out)
+    if use_ray:
+        rows = run_on_ray(job, on_event, num_workers=config.train.workers, max_failures=config.nightly.max_failures)
+    else:
+        rows = run_here(job, on_event)
+    return {"model": config.name, "day": str(day), "trained_through": str(checkpoint.day), "rows": rows, "out": out}
+
+
+def _work(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpoint, out: str) -> int:
+    """What each worker does; returns the rows that all of them wrote."""
+    exchange, logs = worker.exchange, open_logs(config)
+    learner = build(config, exchange, worker.device)
+    graph = learner.graph
+    powers = config.fusion.powers or dict.fromkeys(list(graph.addresses)[:1], 1.0)
+    for address in powers:
+        if address not in graph.addresses:
+            raise UserError(f"no prediction has the address '{address}'", "fusion.powers", do=nearest(address, graph.addresses))
+    open_checkpoints(config).load(learner, checkpoint)
+    reader = logs.read(
+        plan, batch_size=config.train.batch_size, lanes=config.data.lanes, rank=exchange.rank, num_workers=exchange.num_workers
+    )
+    with PredictionFile(out, exchange.rank, exchange.num_workers) as file:
+        for batch in agreed(exchange, reader):
+            predictions = graph.predictions(score_step(learner, batch))
+            columns = {a: graph.tasks[a.split("@")[0]].to_label(p) for a, p in predictions.items() if graph.addresses[a] == "regression"}
+            log_score = sum(power * predictions[address].clamp(min=1e-30).log() for address, power in powers.items())
+            file.write(batch.keys, predictions | columns | {"score": torch.as_tensor(log_score).exp()})
+    return int(exchange.all_reduce(torch.tensor([file.num_rows])).item())
