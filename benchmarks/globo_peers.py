@@ -207,9 +207,7 @@ def describe(first: datetime.date, through: datetime.date) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.globo_peers", description="Popularity and LightGBM on globo_rank."
-    )
+    parser = argparse.ArgumentParser("benchmarks.globo_peers", description="Popularity and LightGBM on globo_rank.")
     date = datetime.date.fromisoformat
     parser.add_argument("--data", type=Path, required=True, help="folder of globo_rank, with day=.../ inside")
     parser.add_argument("--first", type=date, default=date("2017-10-08"), help="first day evaluated")
@@ -220,6 +218,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.through < options.first or options.seeds < 1:
         parser.error("--through must not be before --first, and --seeds must be 1 or more")
+    if options.json and not options.json.parent.is_dir():  # found out now, not after minutes of fitting
+        parser.error(f"--json: there is no folder {options.json.parent}")
     return options
 
 

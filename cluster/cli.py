@@ -18,6 +18,8 @@ from rich.console import Console
 
 from trainer.errors import UserError
 
+_INTERRUPTED = 130  # what typer returns after Ctrl-C
+
 app = typer.Typer(
     name="daybreak",
     help="Train one multi-task ranking model every night: score the new day, train on it, gate, promote.",
@@ -62,7 +64,7 @@ def simulate(
     """Write days of impressions with a known law, and the law's probabilities beside them."""
     from cluster.simulate import simulate as write
 
-    write(out, days=days, start=_day(start), users=users, items=items, rows_per_day=rows_per_day, seed=seed)
+    write(out, days=days, start=_day(start, "--start"), users=users, items=items, rows_per_day=rows_per_day, seed=seed)
     _console(as_json).print(f"{days} days of {rows_per_day:,} rows in {out}/logs, their law in {out}/truth", highlight=False)
     _finish(as_json, {"logs": f"{out}/logs", "truth": f"{out}/truth", "days": days, "rows": days * rows_per_day})
 
@@ -81,7 +83,7 @@ def train(
     from cluster.tables import Show
     from trainer.learner import open_logs
 
-    settings, date, console = _load(config, sets), _day(day), _console(as_json)
+    settings, date, console = _load(config, sets), _day(day, "--day"), _console(as_json)
     checkpoints = open_checkpoints(settings)
     committed = checkpoints.days()
     if date in committed:
@@ -113,12 +115,12 @@ def nightly(
 
     settings, console = _load(config, sets), _console(as_json)
     with Show(console) as show:
-        report = run(settings, first=_maybe_day(first), through=_maybe_day(through), use_ray=not no_ray, on_event=show.event)
+        report = run(settings, first=_maybe_day(first, "--from"), through=_maybe_day(through, "--through"), use_ray=not no_ray, on_event=show.event)
     law = None
     if truth:
         from cluster.simulate import law_auc
 
-        law = {entry["day"]: law_auc(truth, _day(entry["day"])) for entry in report["days"]}
+        law = {entry["day"]: law_auc(truth, datetime.date.fromisoformat(entry["day"])) for entry in report["days"]}
     console.print(days_table(report["days"], law))
     _print_states(console, report["days"])
     console.print(_how_to_open(settings.tracking.mlflow), highlight=False)
@@ -140,8 +142,29 @@ def predict(
 
     settings, console = _load(config, sets), _console(as_json)
     with Show(console) as show:
-        report = run(settings, _day(day), out, use_ray=not no_ray, on_event=show.event)
+        report = run(settings, _day(day, "--day"), out, use_ray=not no_ray, on_event=show.event)
     console.print(f"{report['rows']:,} rows scored into {out} by the model of {report['trained_through']}", highlight=False)
+    _finish(as_json, report)
+
+
+@app.command()
+def evaluate(
+    config: Config,
+    day: Annotated[str, typer.Option(help="The day whose rows are scored, YYYY-MM-DD.")],
+    model_day: Annotated[str, typer.Option(help="The last day that the model was trained on, YYYY-MM-DD.")],
+    sets: Set = [],  # noqa: B006
+    no_ray: NoRay = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a day's rows with the model of another day. Trains and writes nothing."""
+    from cluster.predict import evaluate as measure
+    from cluster.tables import Show, metrics_table
+
+    settings, console = _load(config, sets), _console(as_json)
+    dates = _day(day, "--day"), _day(model_day, "--model-day")
+    with Show(console) as show:
+        report = measure(settings, *dates, use_ray=not no_ray, on_event=show.event)
+    console.print(metrics_table(report["metrics"], f"{day} by the model of {model_day}"))
     _finish(as_json, report)
 
 
@@ -169,6 +192,8 @@ def main() -> None:
 def _run(command: Callable[[], Any], as_json: bool) -> None:
     try:
         code = command()
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as error:
         print(f"daybreak: {error}", file=sys.stderr)
         _finish(as_json, {"error": str(error)})
@@ -203,23 +228,24 @@ def _finish(as_json: bool, value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: no NaN."""
+    """As JSON has it: neither NaN nor infinity."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _day(text: str) -> datetime.date:
+def _day(text: str, option: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(text)
     except ValueError:
-        raise UserError("not a day", got=text, expected="YYYY-MM-DD") from None
+        do = "give a day of the calendar, such as 2026-11-20"
+        raise UserError("not a day", option, got=repr(text), expected="YYYY-MM-DD", do=do) from None
 
 
-def _maybe_day(text: str | None) -> datetime.date | None:
-    return None if text is None else _day(text)
+def _maybe_day(text: str | None, option: str) -> datetime.date | None:
+    return None if text is None else _day(text, option)
 
 
 def _print_states(console: Console, days: list[dict[str, Any]]) -> None:

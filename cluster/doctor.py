@@ -35,13 +35,13 @@ def _version(package: str) -> str | None:
 
 
 def _versions() -> list[Finding]:
-    python = platform.python_version_tuple()
-    findings = [Finding("python", platform.python_version(), python >= ("3", "11"), "use Python 3.11 or newer")]
+    major, minor, _ = platform.python_version_tuple()
+    findings = [Finding("python", platform.python_version(), (int(major), int(minor)) >= (3, 11), "use Python 3.11 or newer")]
     torch = _version("torch")
     findings.append(Finding("torch", torch or "missing", torch is not None, "pip install 'daybreak[cpu]' or 'daybreak[gpu]'"))
     fbgemm = next((v for v in map(_version, _FBGEMM_PACKAGES) if v), None)
     fits = FBGEMM_OF_TORCH.get(".".join((torch or "").split(".")[:2]))
-    good = bool(fbgemm and fits and fbgemm.startswith(fits))
+    good = bool(fbgemm and fits and fbgemm.startswith(f"{fits}."))
     do = f"install fbgemm {fits}.* for torch {torch}" if fits else f"install torch {' or '.join(FBGEMM_OF_TORCH)}"
     findings.append(Finding("fbgemm", fbgemm or "missing", good, do))
     for package in ("ray", "mlflow", "pyarrow"):

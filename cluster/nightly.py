@@ -80,11 +80,14 @@ def pending(
 
 def train(config: Config, plans: list[DayPlan], *, use_ray: bool, on_event: Callable[[Event], None]) -> None:
     """Train on the days, in order, on the configured workers or in this process."""
-    job = partial(work, config=config, plans=plans)
-    if use_ray:
-        run_on_ray(job, on_event, num_workers=config.train.workers, max_failures=config.nightly.max_failures)
-    else:
-        run_here(job, on_event)
+    run(partial(work, config=config, plans=plans), config, use_ray, on_event)
+
+
+def run(job: Callable[[Worker], Any], config: Config, use_ray: bool, on_event: Callable[[Event], None]) -> Any:
+    """A job on the configured Ray workers, or as the only worker in this process; returns worker 0's result."""
+    if not use_ray:
+        return run_here(job, on_event)
+    return run_on_ray(job, on_event, num_workers=config.train.workers, max_failures=config.nightly.max_failures)
 
 
 def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
@@ -106,7 +109,7 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
             lanes=config.data.lanes,
             gauc=config.data.gauc,
             score=newest is not None,
-            progress=_teller(worker, plan),
+            progress=teller(worker, plan),
         )
         checkpoints.save(learner, plan.day, report)
         newest = plan.day
@@ -114,7 +117,7 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
             worker.emit({"event": "committed", "day": str(plan.day), "report": report})
 
 
-def _teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:
+def teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:
     """Tells the driver how far worker 0 is, a few times a second at most."""
     told = 0.0
 
@@ -187,8 +190,8 @@ class Morning:
 
 
 def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:
-    """A report's metrics as {"click@all/auc": value}."""
-    return {f"{address}/{name}": value for address, of in report["metrics"].items() for name, value in of.items()}
+    """A report's defined metrics as {"click@all/auc": value}."""
+    return {f"{a}/{name}": value for a, of in report["metrics"].items() for name, value in of.items() if value is not None}
 
 
 def day_entry(checkpoints: Checkpoints, day: datetime.date, trained: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A day's scores: every row of a day by the model that would have served it, written as Parquet, one file a worker."""
+"""A day's scores without training: written as Parquet, one file a worker, or measured against the day's labels."""
 
 import datetime
 from collections.abc import Callable
@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from cluster.nightly import Morning, open_checkpoints
+from cluster.nightly import Morning, open_checkpoints, run, teller
 from trainer.agree import agreed
 from trainer.checkpoint import Checkpoint
-from trainer.config import Config, nearest
+from trainer.config import Config, absolute, nearest
 from trainer.data import DayPlan
+from trainer.day import score_day
 from trainer.errors import UserError
 from trainer.learner import build, open_logs
 from trainer.predictions import PredictionFile
 from trainer.step import score_step
-from trainer.workers import Event, Worker, run_here, run_on_ray
+from trainer.workers import Event, Worker
 
 
 def predict(
@@ -29,16 +30,39 @@ def predict(
     if checkpoint is None:
         raise UserError("no model is promoted yet", checkpoints.path, do="run nightly first")
     plan = open_logs(config).plan(day)
-    job = partial(_work, config=config, plan=plan, checkpoint=checkpoint, out=out)
-    if use_ray:
-        rows = run_on_ray(job, on_event, num_workers=config.train.workers, max_failures=config.nightly.max_failures)
-    else:
-        rows = run_here(job, on_event)
+    job = partial(_write, config=config, plan=plan, checkpoint=checkpoint, out=absolute(out))
+    rows = run(job, config, use_ray, on_event)
     return {"model": config.name, "day": str(day), "trained_through": str(checkpoint.day), "rows": rows, "out": out}
 
 
-def _work(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpoint, out: str) -> int:
-    """What each worker does; returns the rows that all of them wrote."""
+def evaluate(
+    config: Config,
+    day: datetime.date,
+    model_day: datetime.date,
+    *,
+    use_ray: bool = True,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """The metrics of a day by the model that was trained through model_day."""
+    checkpoints = open_checkpoints(config)
+    if model_day not in checkpoints.days():
+        known = ", ".join(map(str, checkpoints.days())) or "none"
+        raise UserError(f"no checkpoint of day {model_day}", checkpoints.path, got=known, do="choose one of these days")
+    job = partial(_measure, config=config, plan=open_logs(config).plan(day), checkpoint=checkpoints.open(model_day))
+    metrics = run(job, config, use_ray, on_event)
+    return {"model": config.name, "day": str(day), "trained_through": str(model_day), "metrics": metrics}
+
+
+def _measure(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What each worker does for evaluate; worker 0 returns the metrics."""
+    learner = build(config, worker.exchange, worker.device)
+    open_checkpoints(config).load(learner, checkpoint)
+    tell = teller(worker, plan)
+    return score_day(learner, open_logs(config), plan, config.train.batch_size, config.data.lanes, config.data.gauc, tell)
+
+
+def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpoint, out: str) -> int:
+    """What each worker does for predict; returns the rows that all of them wrote."""
     exchange, logs = worker.exchange, open_logs(config)
     learner = build(config, exchange, worker.device)
     graph = learner.graph

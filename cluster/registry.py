@@ -4,7 +4,6 @@ A candidate is judged by what is known of it in the morning: how yesterday's mod
 candidate is a value, not an exception.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +25,14 @@ def judge(
 ) -> Decision:
     """Promote unless the AUC at one of the addresses is undefined or below the champion's by more than tolerance.
 
-    candidate, champion: metrics by address, of the day on which each was made. champion None: there is none yet.
+    candidate, champion: metrics by address, of the day on which each was made, None where undefined. champion None: there is none yet.
     """
     if champion is None:
         return Decision("promoted", "the first model")
     for address in addresses:
-        before = champion.get(address, {}).get("auc", math.nan)
-        now = candidate.get(address, {}).get("auc", math.nan)
-        if math.isnan(now):
+        before, now = champion.get(address, {}).get("auc"), candidate.get(address, {}).get("auc")
+        if now is None:
             return Decision("held", f"{address}: AUC is undefined")
-        if now < before - tolerance:
+        if before is not None and now < before - tolerance:
             return Decision("held", f"{address}: AUC {now:.4f} is below the champion's {before:.4f} by more than {tolerance}")
     return Decision("promoted", f"not worse than the champion by more than {tolerance}")

@@ -71,6 +71,18 @@ def _cell(metrics: Mapping[str, Any], kind: str) -> str:
     return f"{number(metrics.get('auc'))}  {number(metrics.get('calibration'), 2)}" if metrics else "-"
 
 
+def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """One line an address, one column a metric."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    names = list(dict.fromkeys(name for of in metrics.values() for name in of))
+    for heading in ("prediction", *names):
+        table.add_column(heading, justify="left" if heading == "prediction" else "right")
+    for address, of in metrics.items():
+        values = [of.get(name) for name in names]
+        table.add_row(address, *(f"{v:,}" if isinstance(v, int) else number(v) for v in values))
+    return table
+
+
 def findings_table(findings: Iterable[Finding]) -> Table:
     table = Table(box=None, show_header=False)
     mark = {True: "[green]ok[/]", False: "[red]no[/]", None: ""}

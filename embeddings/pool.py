@@ -52,8 +52,8 @@ class RowPool:
 
     def lookup(self, rows_U: Tensor) -> Tensor:
         """The rows' weights [U, D]; zeros for row -1, an id that has no row."""
-        known = rows_U >= 0
-        return self._kernel.lookup(rows_U.clamp(min=0)) * known.unsqueeze(1)
+        weight_UD = self._kernel.lookup(rows_U.clamp(min=0))
+        return weight_UD.masked_fill_((rows_U < 0).unsqueeze(1), 0.0)  # not a product: row 0 may hold infinity
 
     def update(self, rows_U: Tensor, grad_UD: Tensor) -> None:
         """One optimizer step of distinct rows from their summed gradients."""

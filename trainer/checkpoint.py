@@ -25,15 +25,17 @@ import torch
 from torch import Tensor
 
 from embeddings.buckets import NUM_BUCKETS
+from embeddings.exchange import Exchange
 from embeddings.snapshot import load_table, overlapping, save_table
 from trainer.agree import agree, gather_json
-from trainer.data import open_filesystem
+from trainer.data import open_filesystem, parse_day
 from trainer.errors import UserError
 from trainer.learner import Learner
 
 FORMAT = 1
 Result = TypeVar("Result")
 _DAY = "day="
+_UNDO = "undo the change of the configuration, or train under a new name"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Checkpoint:
     @property
     def id(self) -> str:
         """A hash of the manifest: of everything in the checkpoint."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(self.manifest)[:16]
 
 
 class Checkpoints:
@@ -65,8 +67,8 @@ class Checkpoints:
     def days(self) -> list[datetime.date]:
         """The committed days, in order."""
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
-        names = [info.base_name.removeprefix(_DAY) for info in self._filesystem.get_file_info(selector)]
-        days = [datetime.date.fromisoformat(name) for name in sorted(names)]
+        names = sorted(info.base_name for info in self._filesystem.get_file_info(selector) if info.base_name.startswith(_DAY))
+        days = [parse_day(name.removeprefix(_DAY), f"{self.path}/{name}") for name in names]
         return [day for day in days if self._exists(f"{self._folder(day)}/manifest.json")]
 
     def open(self, day: datetime.date) -> Checkpoint:
@@ -76,9 +78,13 @@ class Checkpoints:
             manifest = json.loads(self._read(path))
         except (ValueError, OSError) as error:
             raise UserError("the checkpoint's manifest cannot be read", path, got=str(error), do=_retrain(day)) from None
-        if manifest.get("format") != FORMAT or manifest.get("num_buckets") != NUM_BUCKETS:
-            got = f"format {manifest.get('format')}, {manifest.get('num_buckets')} buckets"
-            raise UserError("a checkpoint of another version", path, got=got, expected=f"format {FORMAT}, {NUM_BUCKETS} buckets")
+        if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+            got, expected = "a text with another SHA-256", "the text that was written"
+            raise UserError("the checkpoint's manifest is damaged", path, got=got, expected=expected, do=_retrain(day))
+        if manifest["format"] != FORMAT or manifest["num_buckets"] != NUM_BUCKETS:
+            got, expected = f"format {manifest['format']}, {manifest['num_buckets']} buckets", f"format {FORMAT}, {NUM_BUCKETS} buckets"
+            do = "use the version of the program that wrote it, or train under a new name"
+            raise UserError("a checkpoint of another version", path, got=got, expected=expected, do=do)
         return Checkpoint(day, self._folder(day), manifest)
 
     def latest(self, before: datetime.date | None = None) -> Checkpoint | None:
@@ -89,7 +95,11 @@ class Checkpoints:
     def decision(self, day: datetime.date) -> dict[str, Any] | None:
         """What was decided about a committed day, or None while nothing is."""
         path = f"{self._folder(day)}/decision.json"
-        return json.loads(self._read(path)) if self._exists(path) else None
+        try:
+            return json.loads(self._read(path)) if self._exists(path) else None
+        except (ValueError, OSError) as error:
+            do = "restore the file from a copy, or remove it: the next nightly decides anew"
+            raise UserError("the day's decision cannot be read", path, got=str(error), do=do) from None
 
     def decide(self, day: datetime.date, decision: dict[str, Any]) -> None:
         """Write down what was decided about a committed day."""
@@ -101,7 +111,11 @@ class Checkpoints:
         attempt = self._attempt(learner)
         folder = f"{self._folder(day)}/{attempt}"
         files, error = self._guarded(lambda: self._write_parts(learner, folder))
-        agree(exchange, error)
+        try:
+            agree(exchange, error)
+        except UserError:
+            self._give_up(exchange, folder)
+            raise
         all_files = gather_json(exchange, files)
         if exchange.rank == 0:
             manifest = {
@@ -109,6 +123,7 @@ class Checkpoints:
                 "num_buckets": NUM_BUCKETS,
                 "num_shards": exchange.num_workers,
                 "attempt": attempt,
+                "order": learner.order,
                 "tables": {name: {"dim": table.dim} for name, table in learner.embeddings.shard.tables.items()},
                 "files": {path: entry for part in all_files for path, entry in part.items()},
                 "report": report,
@@ -147,21 +162,31 @@ class Checkpoints:
         return files
 
     def _commit(self, day: datetime.date, manifest: dict[str, Any]) -> None:
+        manifest = manifest | {"sha256": _digest(manifest)}
         self._write_whole(f"{self._folder(day)}/manifest.json", json.dumps(manifest, indent=1).encode())
         for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._folder(day))):
             if info.type == pyarrow.fs.FileType.Directory and info.base_name != manifest["attempt"]:
                 self._filesystem.delete_dir(info.path)  # what killed attempts left behind
 
+    def _give_up(self, exchange: Exchange, folder: str) -> None:
+        """Free the space of an attempt that failed, so that the next one has it."""
+        if exchange.rank == 0 and self._filesystem.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
+            self._guarded(lambda: self._filesystem.delete_dir(folder))
+
     def _read_parts(self, learner: Learner, checkpoint: Checkpoint) -> None:
         exchange, shard, manifest = learner.exchange, learner.embeddings.shard, checkpoint.manifest
         saved = manifest["num_shards"]
+        for what, names in learner.order.items():
+            if manifest["order"][what] != names:  # the dense net would take one for another
+                got, expected = ", ".join(names), ", ".join(manifest["order"][what])
+                raise UserError(f"the {what} changed, or their order", what, got=got, expected=expected, do=_UNDO)
         for name, table in shard.tables.items():
             known = manifest["tables"].get(name)
             if known is None:
                 continue  # a table new in the configuration starts empty
             if known["dim"] != table.dim:
-                got, do = f"dim {table.dim}", "keep the dim, or train under a new name"
-                raise UserError("the table's width changed", f"tables.{name}", got=got, expected=f"dim {known['dim']}", do=do)
+                got, expected = f"dim {table.dim}", f"dim {known['dim']}"
+                raise UserError("the table's width changed", f"tables.{name}", got=got, expected=expected, do=_UNDO)
             parts = [f"rows/{name}/{s:05d}-of-{saved:05d}.parquet" for s in overlapping(exchange.rank, exchange.num_workers, saved)]
             paths = [self._verified(checkpoint, part) for part in parts]
             load_table(shard, name, self._filesystem, paths, exchange.rank, exchange.num_workers)
@@ -172,6 +197,8 @@ class Checkpoints:
         """The path of a file whose bytes are those that were written."""
         path = f"{checkpoint.folder}/{checkpoint.manifest['attempt']}/{file}"
         want = checkpoint.manifest["files"][file]
+        if not self._exists(path):
+            raise UserError("a checkpoint file is missing", path, do=_retrain(checkpoint.day))
         got = self._fingerprint(path)
         if any(got[key] != want[key] for key in got):
             raise UserError(
@@ -215,6 +242,10 @@ class Checkpoints:
             return None, UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do)
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _retrain(day: datetime.date) -> str:
     return f"restore the file from a copy, or remove the folder {_DAY}{day} and run again: the day is trained anew from the one before"
 
@@ -222,6 +253,7 @@ def _retrain(day: datetime.date) -> str:
 def _dense_state(learner: Learner) -> dict[str, Tensor]:
     """The dense net, its optimizer and the statistics as named tensors."""
     state = {f"model/{name}": value for name, value in learner.model.state_dict().items()}
+    state |= {f"averaged/{name}": value for name, value in learner.averaged.state_dict().items()}
     for name, parameter in learner.model.named_parameters():
         for key, value in learner.optimizer.state[parameter].items():
             state[f"optimizer/{name}/{key}"] = value
@@ -230,19 +262,22 @@ def _dense_state(learner: Learner) -> dict[str, Tensor]:
 
 
 def _load_dense_state(learner: Learner, state: dict[str, Tensor], where: str) -> None:
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "numbers": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}, "numbers": {}}
     for name, value in state.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = value
     mine = {name: tuple(value.shape) for name, value in learner.model.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in parts["model"].items()}
     if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
-        name = differing[0]
-        got, expected = f"{name}: {mine.get(name)} in the configuration", f"{theirs.get(name)} as trained"
-        do = "undo the change of features, tasks or model, or train under a new name"
-        raise UserError("the dense net's shape changed", where, got=got, expected=expected, do=do)
+        got, expected = (f"{differing[0]} {_shape(shapes.get(differing[0]))}" for shapes in (mine, theirs))
+        raise UserError("the dense net of the configuration is not the one that was trained", where, got=got, expected=expected, do=_UNDO)
     learner.model.load_state_dict(parts["model"])
+    learner.averaged.load_state_dict(parts["averaged"])
     for name, parameter in learner.model.named_parameters():
         of_parameter = {k.rpartition("/")[2]: v for k, v in parts["optimizer"].items() if k.rpartition("/")[0] == name}
         learner.optimizer.state[parameter] = {k: v.to(v.device if k == "step" else learner.device) for k, v in of_parameter.items()}
     learner.stats.load({name: value.to(learner.device) for name, value in parts["numbers"].items()})
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"

@@ -8,6 +8,7 @@ Below this file nobody sees a config object: modules take plain values.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,16 @@ import yaml
 
 from embeddings.table import TableConfig
 from trainer.errors import UserError
+
+_NAME = re.compile(r"\w[\w.-]*")
+_CORRECT = "correct it in the file or with --set"
+_IN_YAML = {  # what pydantic calls by Python's names
+    **dict.fromkeys(["int_type", "int_parsing", "int_from_float"], "a whole number"),
+    **dict.fromkeys(["float_type", "float_parsing"], "a number"),
+    **dict.fromkeys(["dict_type", "dataclass_type"], "keys with values, such as {key: value}"),
+    "tuple_type": "a list, such as [a, b]",
+    "string_type": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -107,8 +118,11 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class DenseConfig:
+    """average: what scores and serves is a moving average of the dense weights that keeps this share of itself each step; 0: the last."""
+
     optimizer: Literal["adam"] = "adam"
     lr: float = 0.001
+    average: float = 0.999
 
 
 @dataclass(frozen=True)
@@ -178,8 +192,9 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
     """Read and check a configuration. overrides: `dotted.path=value`, the value in YAML."""
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise UserError("cannot read the configuration", path, got=error.strerror or "", do="name a YAML file that exists") from None
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else "a file that is not text in UTF-8"
+        raise UserError("cannot read the configuration", path, got=got or "", do="name a YAML file that exists") from None
     tree = _parse(text, path)
     if not isinstance(tree, dict):
         raise UserError("the configuration is not a mapping", path, got=type(tree).__name__, expected="keys such as name, data, tasks")
@@ -188,7 +203,19 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
     config = _validate(tree, path)
     _check_names(config, path)
     _check_numbers(config, path)
-    return config
+    return _absolute(config)
+
+
+def _absolute(config: Config) -> Config:
+    """Local paths from the root: workers run in folders of their own."""
+    data = dataclasses.replace(config.data, path=absolute(config.data.path))
+    checkpoints = dataclasses.replace(config.checkpoints, path=absolute(config.checkpoints.path))
+    return dataclasses.replace(config, data=data, checkpoints=checkpoints)
+
+
+def absolute(path: str) -> str:
+    """A local path from the root; the URI of another filesystem as it is."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -217,9 +244,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
+            if str(key_node.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"key '{key_node.value}' appears twice", problem_mark=key_node.start_mark)
-            seen.add(key_node.value)
+            seen.add(str(key_node.value))
         return super().construct_mapping(node, deep)
 
 
@@ -241,7 +268,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     for key in parents:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            raise UserError("an override goes below a plain value", f"--set {path}", got=f"'{key}' is {node!r}", expected="a mapping")
+            got, do = f"'{key}' is {node!r}", f"end the path at '{key}', or correct it"
+            raise UserError("an override goes below a plain value", f"--set {path}", got=got, do=do)
     node[last] = _parse(value, f"--set {override}")
 
 
@@ -266,7 +294,11 @@ def _user_error(error: Any, where: str) -> UserError:
         return UserError(f"unknown key '{key}'", place, do=nearest(key, _keys_at(loc[:-1])))
     if error["type"] in ("missing", "missing_argument"):
         return UserError(f"key '{key}' is missing", place, do="add it")
-    return UserError("wrong value", place, got=repr(error["input"]), expected=error["msg"].removeprefix("Input should be "))
+    if error["type"] == "invalid_key" or key == "[key]":
+        do = "put the key in quotes: YAML reads on, off, yes, no and digits as values"
+        return UserError("a key is not text", place.removesuffix(".[key]"), got=repr(error["input"]), expected="a word", do=do)
+    expected = _IN_YAML.get(error["type"]) or error["msg"].removeprefix("Input should be ")
+    return UserError("wrong value", place, got=repr(error["input"]), expected=expected, do=_CORRECT)
 
 
 def _keys_at(path: list[str]) -> list[str]:
@@ -290,6 +322,11 @@ def _known(name: str, known: Iterable[str], place: str, what: str) -> None:
 
 def _check_names(config: Config, where: str) -> None:
     """Every name that is used is defined somewhere, and the tasks' graph has no circle."""
+    names = [("name", config.name)] + [(f"{what}.{n}", n) for what in ("tables", "tasks") for n in getattr(config, what)]
+    for place, name in names:
+        if not _NAME.fullmatch(name):  # names become folders and parts of addresses
+            expected = "letters, digits, _, - and points, one of the first three at the start"
+            raise UserError("not a name", f"{where}: {place}", got=repr(name), expected=expected, do=_CORRECT)
     id_features = [name for name, feature in config.features.items() if feature.kind != "number"]
     for name in id_features:
         table = config.features[name].table
@@ -302,9 +339,13 @@ def _check_names(config: Config, where: str) -> None:
             if parent is not None:
                 _known(parent, config.tasks, f"{where}: tasks.{name}.{relation}", "task")
                 if config.tasks[parent].loss != "bce":
-                    raise UserError(f"'{parent}' is no event", f"{where}: tasks.{name}.{relation}", expected="a task with loss: bce")
+                    got, expected = f"loss: {config.tasks[parent].loss}", "a task with loss: bce"
+                    do = "hang it on another task"
+                    raise UserError(f"'{parent}' is no event", f"{where}: tasks.{name}.{relation}", got=got, expected=expected, do=do)
         if task.given and (task.where or task.loss != "bce"):
-            raise UserError("given goes with loss: bce and without where", f"{where}: tasks.{name}")
+            got, do = f"loss: {task.loss}, where: {task.where}", "drop given, or where, or make it an event"
+            raise UserError("given goes with loss: bce and without where", f"{where}: tasks.{name}", got=got, do=do)
+    for name in config.tasks:
         _check_no_circle(config.tasks, name, where)
     if position := config.model.position:
         for feature_name in position.features:
@@ -319,7 +360,8 @@ def _check_no_circle(tasks: Mapping[str, TaskConfig], name: str, where: str) -> 
     path, at = [name], tasks[name].given or tasks[name].where
     while at is not None:
         if at in path:
-            raise UserError("the tasks hang on each other in a circle", f"{where}: tasks.{name}", got=" -> ".join([*path, at]))
+            got, do = " -> ".join([*path, at]), "drop one task's given or where"
+            raise UserError("the tasks hang on each other in a circle", f"{where}: tasks.{name}", got=got, do=do)
         path.append(at)
         at = tasks[at].given or tasks[at].where
 
@@ -327,17 +369,26 @@ def _check_no_circle(tasks: Mapping[str, TaskConfig], name: str, where: str) -> 
 def _check_numbers(config: Config, where: str) -> None:
     """Bounds that types do not say."""
     bounds = {
+        "data.lanes": (config.data.lanes, 1, 65_536),
         "train.workers": (config.train.workers, 1, config.data.lanes),
         "train.batch_size": (config.train.batch_size, config.data.lanes, 2**31),
-        "data.lanes": (config.data.lanes, 1, 65_536),
+        "train.dense.average": (config.train.dense.average, 0, 1),
         **{f"tables.{n}.dim": (t.dim, 1, 4096) for n, t in config.tables.items()},
         **{f"tables.{n}.capacity_rows": (t.capacity_rows, 1, 2**31) for n, t in config.tables.items()},
         **{f"features.{n}.dropout": (f.dropout, 0, 1) for n, f in config.features.items()},
         **{f"features.{n}.max_len": (f.max_len, 1, 2**31) for n, f in config.features.items()},
+        **{f"model.tower_layers.{i}": (width, 1, 2**20) for i, width in enumerate(config.model.tower_layers)},
+        **{f"model.balance.weights.{n}": (weight, 0, 10**6) for n, weight in config.model.balance.weights.items()},
+        "train.seed": (config.train.seed, 0, 2**63 - 1),
+        "train.rows.lr": (config.train.rows.lr, 0, 10**6),
+        "train.dense.lr": (config.train.dense.lr, 0, 10**6),
     }
+    if position := config.model.position:
+        bounds["model.position.dropout"] = (position.dropout, 0, 1)
+        bounds |= {f"model.position.layers.{i}": (width, 1, 2**20) for i, width in enumerate(position.layers)}
     for place, (value, low, high) in bounds.items():
         if not low <= value <= high:
-            raise UserError("out of bounds", f"{where}: {place}", got=str(value), expected=f"{low} .. {high}")
+            raise UserError("out of bounds", f"{where}: {place}", got=str(value), expected=f"{low} .. {high}", do=_CORRECT)
     for what in ("features", "tables", "tasks"):
         if not getattr(config, what):
             raise UserError(f"no {what}", f"{where}: {what}", do="name at least one")

@@ -29,6 +29,9 @@ from torch import Tensor
 from embeddings.jagged import Jagged
 from trainer.errors import UserError
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_REEXPORT = "re-export the day, or correct the configuration"
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -150,9 +153,10 @@ class Logs:
         folders = [info.base_name for info in self.filesystem.get_file_info(selector) if info.type == pyarrow.fs.FileType.Directory]
         names = sorted(name.removeprefix(self._prefix) for name in folders if name.startswith(self._prefix))
         if not names:
-            expected = f"folders such as {self._prefix}2026-11-20"
-            raise UserError("no days found", self.path, got=f"{len(folders)} other folders", expected=expected, do="set data.path")
-        return [_parse_day(name, f"{self.path}/{self._prefix}{name}") for name in names]
+            got = f"{len(folders)} folders of other names" if folders else "no folders"
+            expected, do = f"folders such as {self._prefix}2026-11-20", "correct data.path or data.day_column"
+            raise UserError("no days found", self.path, got=got, expected=expected, do=do)
+        return [parse_day(name, f"{self.path}/{self._prefix}{name}") for name in names]
 
     def plan(self, day: datetime.date) -> DayPlan:
         """Read the footers of a day's files and check their columns."""
@@ -161,17 +165,20 @@ class Logs:
         paths = sorted(i.path for i in self.filesystem.get_file_info(selector) if _is_data(i.path.removeprefix(folder)))
         groups: list[RowGroup] = []
         num_rows = 0
+        keys: dict[str, pa.DataType] = {}
         for path in paths:
             parquet = self._open(path)
             self._check(parquet.schema_arrow, path)
+            self._check_keys(parquet.schema_arrow, path, keys)
             for index in range(parquet.metadata.num_row_groups):
                 rows = parquet.metadata.row_group(index).num_rows
                 if rows:
                     groups.append(RowGroup(path, index, rows, num_rows))
                 num_rows += rows
         if not num_rows:
-            got = f"{len(paths)} Parquet files with 0 rows"
-            raise UserError(f"day {day} is empty", folder, got=got, expected="at least one row", do="deliver the day or remove it")
+            got = f"{len(paths)} Parquet files without a row" if paths else "no Parquet files"
+            do = "deliver the day, or remove its folder and ask for another day"
+            raise UserError(f"day {day} is empty", folder, got=got, expected="at least one row", do=do)
         return DayPlan(day, tuple(groups))
 
     def _open(self, path: str) -> pq.ParquetFile:
@@ -191,11 +198,21 @@ class Logs:
         wants += [("data.keys", c, lambda kind: True) for c in schema.keys]
         for user, column, fits in wants:
             if column not in found.names:
-                got, do = f"columns {', '.join(found.names)}", "re-export the day, or correct the configuration"
-                raise UserError(f"column '{column}' of {user} is missing", path, got=got, do=do)
+                got = f"columns {', '.join(found.names)}"
+                raise UserError(f"column '{column}' of {user} is missing", path, got=got, do=_REEXPORT)
             kind = found.field(column).type
             if not fits(kind):
-                raise UserError(f"column '{column}' of {user} has the wrong type", path, got=str(kind), expected=fits.__doc__ or "")
+                what, expected = f"column '{column}' of {user} has the wrong type", fits.__doc__ or ""
+                raise UserError(what, path, got=str(kind), expected=expected, do=_REEXPORT)
+
+    def _check_keys(self, found: pa.Schema, path: str, kinds: dict[str, pa.DataType]) -> None:
+        """Key columns are handed through as they are, so their types must be those of the day's first file, kept in kinds."""
+        for column in self.schema.keys:
+            kind = found.field(column).type
+            expected = kinds.setdefault(column, kind)
+            if kind != expected:
+                what = f"column '{column}' of data.keys has another type than in the day's first file"
+                raise UserError(what, path, got=str(kind), expected=str(expected), do=_REEXPORT)
 
     def decode(self, group: RowGroup) -> Batch:
         """One row group as tensors, every value checked."""
@@ -215,7 +232,7 @@ class Logs:
             torch.stack(labels, 1) if labels else torch.empty(group.num_rows, 0),
             _weight(column[schema.weight], f"{where}, column '{schema.weight}'") if schema.weight else torch.ones(group.num_rows),
             torch.arange(group.first_row, group.first_row + group.num_rows),
-            _hash_ids(column[schema.group]) if schema.group else None,
+            _group(column[schema.group], f"{where}, column '{schema.group}'") if schema.group else None,
             table.select(schema.keys) if schema.keys else None,
         )
 
@@ -360,7 +377,8 @@ def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
         stopped.set()
 
 
-def _parse_day(name: str, where: str) -> datetime.date:
+def parse_day(name: str, where: str) -> datetime.date:
+    """The day of a folder's name."""
     try:
         return datetime.date.fromisoformat(name)
     except ValueError:
@@ -406,12 +424,20 @@ def _ids(array: pa.Array, max_len: int | None) -> Jagged:
     return Jagged(_hash_ids(values.filter(pa.array(kept.numpy()))), kept_before[everything.offsets])
 
 
+def _group(array: pa.Array, where: str) -> Tensor:
+    if array.null_count:
+        row = int(array.is_valid().to_numpy(zero_copy_only=False).argmin())
+        got, expected = f"null in {array.null_count} rows", "a group for every row"
+        raise UserError("not a group", f"{where}, row {row}", got=got, expected=expected, do=_REEXPORT)
+    return _hash_ids(array)
+
+
 def _hash_ids(array: pa.Array) -> Tensor:
     """Ids as int64: integers keep their 64 bits; a string becomes the first 8 bytes (little-endian) of the BLAKE2b-64 hash of its UTF-8."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_integer(array.type):
-        values = array.to_numpy(zero_copy_only=False)
+        values = np.array(array.to_numpy(zero_copy_only=False))
         return torch.from_numpy(values.view(np.int64) if values.dtype == np.uint64 else values.astype(np.int64))
     encoded = array.dictionary_encode()
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in encoded.dictionary.to_pylist())
@@ -420,18 +446,18 @@ def _hash_ids(array: pa.Array) -> Tensor:
 
 
 def _floats(array: pa.Array, where: str) -> np.ndarray:
-    """float64 with NaN for null; a NaN or an infinity in the data itself is an error."""
-    values = np.array(array.cast(pa.float64()).to_numpy(zero_copy_only=False))
-    bad = ~np.isfinite(values) & array.is_valid().to_numpy(zero_copy_only=False)
-    _refuse(bad, values, where, "not a finite number", "finite numbers, or null where there is none")
+    """float64 with NaN for null; a NaN, an infinity or what float32 would make one is an error."""
+    values = np.array(array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+    bad = ~(np.abs(values) <= _FLOAT32_MAX) & array.is_valid().to_numpy(zero_copy_only=False)
+    _refuse(bad, values, where, "not a finite number", "finite numbers (of float32's range), or null where there is none")
     return values
 
 
 def _refuse(bad: np.ndarray, values: np.ndarray, where: str, what: str, expected: str) -> None:
     if bad.any():
         row = int(bad.argmax())
-        got, do = f"{values[row]} ({int(bad.sum())} such rows)", "re-export the day with the column cleaned"
-        raise UserError(what, f"{where}, row {row}", got=got, expected=expected, do=do)
+        got = f"{values[row]}" + (f", the first of {int(bad.sum())} such rows" if bad.sum() > 1 else "")
+        raise UserError(what, f"{where}, row {row}", got=got, expected=expected, do=_REEXPORT)
 
 
 def _number(array: pa.Array, where: str, log1p: bool) -> Tensor:
@@ -445,7 +471,8 @@ def _number(array: pa.Array, where: str, log1p: bool) -> Tensor:
 def _label(array: pa.Array, where: str, binary: bool) -> Tensor:
     values = _floats(array, where)
     if binary:
-        _refuse(~np.isin(values, (0, 1)) & ~np.isnan(values), values, where, "not a label of an event", "0, 1 or null")
+        bad = ~np.isin(values, (0, 1)) & ~np.isnan(values)
+        _refuse(bad, values, where, "not the label of a task with loss: bce", "0, 1 or null")
     return torch.from_numpy(values.astype(np.float32))
 
 

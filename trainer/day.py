@@ -23,7 +23,7 @@ Progress: TypeAlias = Callable[[str, int], None]  # what is being done ("score",
 
 
 def score_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, gauc: str, progress: Progress) -> dict[str, Any]:
-    """The metrics of a day's rows by the model as it stands, over all workers; worker 0 has them, the others {}."""
+    """The metrics of a day's rows by the model as it stands, over all workers: by address, None where undefined. Only worker 0 has them."""
     exchange, graph = learner.exchange, learner.graph
     mine = Evaluation(graph.addresses, gauc)
     done = 0
@@ -37,7 +37,8 @@ def score_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lane
     if exchange.rank:
         return {}
     states = [{name: parts[worker].numpy() for name, parts in gathered.items()} for worker in range(exchange.num_workers)]
-    return Evaluation.merge(graph.addresses, gauc, states).compute()
+    metrics = Evaluation.merge(graph.addresses, gauc, states).compute()
+    return {address: {name: None if value != value else value for name, value in of.items()} for address, of in metrics.items()}
 
 
 def train_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, progress: Progress) -> dict[str, Any]:

@@ -7,6 +7,7 @@ conditional on clicked rows, has_next@all the product on every row.
 Source of the product: Ma et al.: Entire space multi-task model, SIGIR 2018, eq. 2 and 4. Shape letters: B rows, T tasks.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,11 +48,15 @@ class Event:
         return Event(logsigmoid(logit_B), logsigmoid(-logit_B))
 
     def then(self, conditional: "Event") -> "Event":
-        """This happens and then that: p = p1 * p2, 1 - p = (1 - p1) + p1 * (1 - p2)."""
-        return Event(
-            self.log_p_B + conditional.log_p_B,
-            torch.logaddexp(self.log_not_B, self.log_p_B + conditional.log_not_B),
-        )
+        """This happens and then that: p = p1 * p2, 1 - p = (1 - p1) + p1 * (1 - p2).
+
+        The sum loses 1 - p where p is small, log1p(-p) where p is near 1: each serves its half. The clamp keeps the gradient of the
+        half that is not taken finite.
+        """
+        log_p_B = self.log_p_B + conditional.log_p_B
+        of_rare_B = torch.log1p(-log_p_B.clamp(max=-math.log(2)).exp())
+        of_likely_B = torch.logaddexp(self.log_not_B, self.log_p_B + conditional.log_not_B)
+        return Event(log_p_B, torch.where(log_p_B < -math.log(2), of_rare_B, of_likely_B))
 
 
 class TaskGraph:
@@ -71,11 +76,12 @@ class TaskGraph:
 
     def _parents_first(self) -> list[str]:
         binary = [name for name, task in self.tasks.items() if task.binary]
-        return sorted(binary, key=self._depth)
+        return sorted(binary, key=lambda name: len(self.chain(name)))
 
-    def _depth(self, name: str) -> int:
+    def chain(self, name: str) -> list[str]:
+        """The task and the events that it is given, the nearest first."""
         parent = self.tasks[name].given
-        return 0 if parent is None else 1 + self._depth(parent)
+        return [name] if parent is None else [name, *self.chain(parent)]
 
     def targets(self, labels_BT: Tensor) -> Tensor:
         """What each task's loss is measured against: [B, T], NaN where it is not defined.

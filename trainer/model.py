@@ -4,7 +4,7 @@ Shape letters: B rows, I input width, T tasks, H width of a task's input, D floa
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,16 +56,33 @@ class MultiTaskModel(nn.Module):
         return logits_BT if self.position is None else logits_BT + self.position(selection).float()
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+# What a body's setting may be, by its annotation; a parameter with another annotation is not for the configuration.
+_SETTINGS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    int: (_is_count, "a whole number from 1 up"),
+    float: (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
+    tuple[int, ...]: (lambda value: type(value) in (list, tuple) and all(map(_is_count, value)), "a list of whole numbers from 1 up"),
+}
+
+
 def make_body(settings: Mapping[str, Any], input_dim: int, num_tasks: int) -> nn.Module:
     """The body that a configuration names: {kind: mmoe, num_experts: 8, ...}."""
     options = dict(settings)
-    kind = options.pop("kind", None)
+    kind = str(options.pop("kind", ""))
     if kind not in BODIES:
-        raise UserError(f"no body is called '{kind}'", "model.body.kind", do=nearest(str(kind), BODIES))
-    known = list(inspect.signature(BODIES[kind]).parameters)[2:]
-    for option in options:
+        raise UserError(f"no body is called '{kind}'", "model.body.kind", do=nearest(kind, BODIES))
+    parameters = inspect.signature(BODIES[kind]).parameters
+    known = {name: p.annotation for name, p in list(parameters.items())[2:] if p.annotation in _SETTINGS}
+    for option, value in options.items():
         if option not in known:
             raise UserError(f"unknown key '{option}'", f"model.body ({kind})", do=nearest(option, known))
+        fits, expected = _SETTINGS[known[option]]
+        if not fits(value):
+            got, do = str({option: value}), "correct the body's settings"
+            raise UserError("wrong value", f"model.body ({kind})", got=got, expected=expected, do=do)
     try:
         return BODIES[kind](input_dim, num_tasks, **options)
     except (TypeError, RuntimeError, ValueError) as error:

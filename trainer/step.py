@@ -19,21 +19,22 @@ def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
     pulled = learner.embeddings.pull(batch.ids, insert=True)  # collective
 
     numbers_3K = learner.stats.measure(batch.numbers_BK)
-    weights_3T = denominators(graph, batch.labels_BT, batch.weights_B)
-    sums = exchange.all_reduce(torch.cat([numbers_3K.flatten(), weights_3T.flatten()]))  # collective
+    weights_2T = denominators(graph, batch.labels_BT, batch.weights_B)
+    sums = exchange.all_reduce(torch.cat([numbers_3K.flatten(), weights_2T.flatten()]))  # collective
     learner.stats.update(sums[: numbers_3K.numel()].view_as(numbers_3K))
 
     x_BI = learner.features.main(batch, pulled, learner.stats, draws)
     selection = learner.features.selection(batch, pulled, draws)
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         logits_BT = model(x_BI, selection, draws)
-    losses_T = task_losses(graph, logits_BT, batch.labels_BT, batch.weights_B, sums[numbers_3K.numel() :].view_as(weights_3T))
+    losses_T = task_losses(graph, logits_BT, batch.labels_BT, batch.weights_B, sums[numbers_3K.numel() :].view_as(weights_2T))
 
     learner.optimizer.zero_grad()
     (losses_T * learner.loss_weights_T).sum().backward()
 
     all_reduce_gradients(learner)  # collective
     learner.optimizer.step()
+    learner.averaged.update_parameters(model)
     learner.embeddings.push(pulled)  # collective
     return losses_T.detach()
 
@@ -45,7 +46,7 @@ def score_step(learner: Learner, batch: Batch) -> Tensor:
     x_BI = learner.features.main(batch, pulled, learner.stats, None)
     selection = learner.features.selection(batch, pulled, None)
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
-        logits_BT: Tensor = learner.model(x_BI, selection, None)
+        logits_BT: Tensor = learner.averaged(x_BI, selection, None)
     return logits_BT
 
 

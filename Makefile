@@ -1,0 +1,35 @@
+# The two commands: make demo, make test. Each makes .venv and installs the pinned packages by itself.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: demo test check bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[cpu,dev]'
+	touch $@
+
+# Seven simulated days, a local Ray with two workers, one night over all of them.
+demo: $(VENV)/installed
+	test -d $(DEMO)/truth || $(BIN)/daybreak simulate $(DEMO) --days 7
+	$(BIN)/daybreak nightly configs/demo.yaml --truth $(DEMO)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+# Format, lint, types, architecture, fast tests.
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow and not ray"
+
+bench: $(VENV)/installed
+	$(BIN)/pip install --quiet lightgbm
+	$(BIN)/python -m benchmarks.globo --data $(DATA) --out docs/results.json
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,401 @@
+"""The configuration: what is read, what is filled in, and what is refused with which words.
+
+A refusal is checked by its text, because the text is all that a user sees: the place as a dotted path, what was got and
+expected, and what to do. Each case is the one good file below with one thing changed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.config import Config, as_dict, flatten, load, nearest
+from trainer.errors import UserError
+from trainer.model import make_body
+
+GOOD = """
+name: small
+data: {path: logs, group: request_id}
+features:
+  user_id: {kind: id, table: user}
+  history: {kind: ids, table: item, max_len: 10}
+  position: {kind: id, table: item}
+  price: {kind: number, transform: log1p}
+tables:
+  user: {dim: 8, capacity_rows: 64}
+  item: {dim: 8}
+tasks:
+  click: {}
+  cart: {given: click}
+  buy: {given: cart}
+  watch: {label: watch_s, loss: mse, where: click}
+model:
+  body: {kind: mmoe, num_experts: 3}
+  position: {features: [position], tasks: [click]}
+  balance: {weights: {watch: 0.1}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "model.yaml"
+    file.write_text(GOOD)
+    return file
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as raised:
+        load(str(path), overrides)
+    return str(raised.value)
+
+
+def refusal_of(path: Path, text: str) -> str:
+    path.write_text(text)
+    return refusal(path)
+
+
+# What is read.
+
+
+def test_what_is_not_written_has_its_default(path: Path) -> None:
+    config = load(str(path))
+    assert (config.train.workers, config.train.batch_size, config.train.precision) == (2, 4096, "fp32")
+    assert (config.train.rows.optimizer, config.train.dense.optimizer) == ("rowwise_adagrad", "adam")
+    assert (config.data.day_column, config.data.lanes, config.data.keys, config.data.weight) == ("day", 24, (), None)
+    assert (config.tables["item"].capacity_rows, config.tables["item"].init_scale) == (65_536, 0.0)
+    assert (config.features["user_id"].max_len, config.features["user_id"].pool) == (50, "mean")
+    assert config.model.position is not None and config.model.position.layers == (16,)
+    assert (config.nightly.missing_days, config.nightly.gate.tolerance) == ("stop", 0.03)
+    assert config.tracking.mlflow == "sqlite:///mlflow.db" and config.fusion.powers == {}
+
+
+def test_what_is_written_is_read_with_its_names_and_in_its_order(path: Path) -> None:
+    config = load(str(path))
+    assert config.name == "small" and config.data.group == "request_id"
+    assert list(config.features) == ["user_id", "history", "position", "price"]
+    assert list(config.tasks) == ["click", "cart", "buy", "watch"]
+    assert config.features["history"].max_len == 10 and config.features["price"].transform == "log1p"
+    assert config.tasks["watch"].label == "watch_s" and config.tasks["buy"].given == "cart"
+    assert config.model.body == {"kind": "mmoe", "num_experts": 3}
+    assert config.model.balance.weights == {"watch": 0.1}
+
+
+def test_a_configuration_is_frozen(path: Path) -> None:
+    config = load(str(path))
+    for frozen, name in [(config, "name"), (config.train, "workers"), (config.tables["user"], "dim")]:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, name, 1)
+
+
+def test_local_paths_lead_to_the_same_place_from_any_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    config = load(path.name, ["checkpoints.path=s3://bucket/checkpoints"])
+    assert config.data.path == str(path.parent / "logs")
+    assert config.checkpoints.path == "s3://bucket/checkpoints"
+
+
+def test_as_dict_and_flatten_give_every_value_its_dotted_path(path: Path) -> None:
+    flat = flatten(as_dict(load(str(path))))
+    assert flat["train.workers"] == 2 and flat["tables.user.dim"] == 8 and flat["model.body.num_experts"] == 3
+    assert flat["tasks.buy.given"] == "cart" and flat["model.balance.weights.watch"] == 0.1
+    assert flat["fusion.powers"] == {}, "an empty mapping stays, so that nothing is left out"
+    assert flatten({"a": {"b": {"c": 1}}, "d": {}, "e": [1]}) == {"a.b.c": 1, "d": {}, "e": [1]}
+
+
+# Overrides.
+
+
+def test_an_override_is_yaml_at_a_dotted_path_and_the_last_one_counts(path: Path) -> None:
+    sets = ["train.workers=3", "train.workers=4", "data.keys=[a, b]", "name=other", "model.position=null"]
+    config = load(str(path), sets)
+    assert (config.train.workers, config.data.keys, config.name, config.model.position) == (
+        4,
+        ("a", "b"),
+        "other",
+        None,
+    )
+    assert load(str(path), ["data.path=hdfs://host/logs?a=b"]).data.path == "hdfs://host/logs?a=b"
+
+
+def test_an_override_makes_the_sections_that_are_not_there(path: Path) -> None:
+    config = load(str(path), ["train.dense.lr=0.5", "nightly.gate.addresses=[click@all]", "features.age.kind=number"])
+    assert config.train.dense.lr == 0.5 and config.train.dense.optimizer == "adam"
+    assert config.nightly.gate.addresses == ("click@all",)
+    assert config.features["age"].kind == "number" and list(config.features)[-1] == "age"
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("train.workers", "--set: not an override\n  got train.workers\n  expected dotted.path=value"),
+        ("=3", "--set: not an override"),
+        (
+            "name.x=1",
+            "--set name.x: an override goes below a plain value\n  got 'name' is 'small'\n  -> end the path at 'name'",
+        ),
+        ("data.keys=[a", "--set data.keys=[a, line 1: not valid YAML"),
+        ("tables={a: {dim: 1}, a: {dim: 2}}", "got key 'a' appears twice"),
+        ("train.wokers=3", "train.wokers: unknown key 'wokers'\n  -> did you mean 'workers'?"),
+        ("trian.workers=3", "trian: unknown key 'trian'\n  -> did you mean 'train'?"),
+    ],
+)
+def test_a_bad_override_is_refused(path: Path, override: str, text: str) -> None:
+    assert text in refusal(path, override)
+
+
+# Files that are no configuration.
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"- a\n- b\n", "model.yaml: the configuration is not a mapping\n  got list\n  expected keys such as name"),
+        (b"", "model.yaml: the configuration is not a mapping\n  got NoneType"),
+        (b"name: x\n\tdata: 1\n", "model.yaml, line 2: not valid YAML\n  got found character"),
+        (b"name: [x\n", "model.yaml, line 2: not valid YAML\n  got expected ',' or ']'"),
+        (
+            b"name: a\ntasks: {click: {}}\nname: b\n",
+            "model.yaml, line 3: not valid YAML\n  got key 'name' appears twice",
+        ),
+        (b"tasks:\n  click: {}\n  click: {}\n", "model.yaml, line 3: not valid YAML\n  got key 'click' appears twice"),
+        (b"? [a, b]\n: 1\n", "model.yaml, line 1: not valid YAML"),
+        (b"PAR1\xff\xfe\x00", "model.yaml: cannot read the configuration\n  got a file that is not text"),
+        (b"name: !!python/object/apply:os.getcwd []\n", "model.yaml, line 1: not valid YAML"),  # no code is run
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_with_its_line(path: Path, content: bytes, text: str) -> None:
+    path.write_bytes(content)
+    assert text in refusal(path)
+
+
+def test_a_file_that_is_not_there_is_told_by_its_path(tmp_path: Path) -> None:
+    for missing, why in [(tmp_path / "no.yaml", "No such file"), (tmp_path, "Is a directory")]:
+        assert f"{missing}: cannot read the configuration\n  got {why}" in refusal(missing)
+
+
+# Keys.
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest_key"),
+    [
+        ("trains={}", "train"),
+        ("data.groups=x", "group"),
+        ("features.user_id.tabel=user", "table"),
+        ("tables.user.capacity=9", "capacity_rows"),
+        ("tasks.cart.givn=click", "given"),
+        ("model.towers_layers=[8]", "tower_layers"),
+        ("model.position.feature=[position]", "features"),
+        ("model.balance.weight={}", "weights"),
+        ("train.rows.learn=0.1", "lr"),
+        ("nightly.gate.tolerence=0.1", "tolerance"),
+        ("fusion.power={}", "powers"),
+        ("tracking.mlfow=x", "mlflow"),
+        ("checkpoints.paths=x", "path"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_one_at_its_depth(path: Path, override: str, nearest_key: str) -> None:
+    dotted = override.split("=")[0]
+    text = refusal(path, override)
+    assert f"{path}: {dotted}: unknown key '{dotted.split('.')[-1]}'" in text
+    assert f"'{nearest_key}'?" in text or f"known: {nearest_key}" in text or f", {nearest_key}" in text
+
+
+def test_the_nearest_word_is_offered_or_all_that_are_known() -> None:
+    assert nearest("clik", ["click", "cart"]) == "did you mean 'click'?"
+    assert nearest("zzz", ["click", "cart"]) == "known: cart, click"
+    assert nearest("zzz", []) == "known: none"
+
+
+@pytest.mark.parametrize("missing", ["name", "data", "features", "tables", "tasks", "model"])
+def test_a_missing_key_is_named(path: Path, missing: str) -> None:
+    tree = yaml.safe_load(GOOD)
+    del tree[missing]
+    assert refusal_of(path, yaml.safe_dump(tree)) == f"{path}: {missing}: key '{missing}' is missing\n  -> add it"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("data={}", "data.path"), ("features.x={}", "features.x.kind"), ("model={}", "model.body"),
+     ("model.position={features: [position]}", "model.position.tasks")],
+)  # fmt: skip
+def test_a_missing_key_further_down_is_named_with_its_path(path: Path, override: str, key: str) -> None:
+    assert f"{path}: {key}: key '{key.split('.')[-1]}' is missing" in refusal(path, override)
+
+
+@pytest.mark.parametrize("tree", ["on: 1", "features: {no: {kind: number}}", "tables: {1: {dim: 8}}"])
+def test_a_key_that_yaml_does_not_read_as_text_is_to_be_put_in_quotes(path: Path, tree: str) -> None:
+    text = refusal_of(path, yaml.safe_dump(yaml.safe_load(GOOD) | yaml.safe_load(tree)))
+    assert "a key is not text" in text and "-> put the key in quotes" in text
+
+
+# Values.
+
+
+@pytest.mark.parametrize(
+    ("override", "got", "expected"),
+    [
+        ("train.workers=two", "'two'", "a whole number"),
+        ("train.workers=1.5", "1.5", "a whole number"),
+        ("train.batch_size=null", "None", "a whole number"),
+        ("train.dense.lr=fast", "'fast'", "a number"),
+        ("features.user_id.kind=idx", "'idx'", "'id', 'ids' or 'number'"),
+        ("train.precision=fp16", "'fp16'", "'fp32' or 'bf16'"),
+        ("data.gauc=clicks", "'clicks'", "'impressions', 'positives' or 'equal'"),
+        ("name=5", "5", "text"),
+        ("data.keys=request_id", "'request_id'", "a list, such as [a, b]"),
+        ("model.tower_layers=64", "64", "a list, such as [a, b]"),
+        ("model.body=mmoe", "'mmoe'", "keys with values"),
+        ("train=fast", "'fast'", "keys with values"),
+        ("features=[user_id]", "['user_id']", "keys with values"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_told_in_the_words_of_yaml(
+    path: Path, override: str, got: str, expected: str
+) -> None:
+    place = override.split("=")[0]
+    text = refusal(path, override)
+    assert f"{path}: {place}: wrong value\n  got {got}\n  expected {expected}" in text
+    assert "-> correct it in the file or with --set" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.workers=0", "1 .. 24"),
+        ("train.workers=25", "1 .. 24"),  # a lane is read by one worker
+        ("train.batch_size=23", "24 .. 2147483648"),
+        ("train.seed=-1", "0 .. 9223372036854775807"),
+        ("train.dense.lr=-0.1", "0 .. 1000000"),
+        ("train.dense.lr=.nan", "0 .. 1000000"),
+        ("train.rows.lr=.inf", "0 .. 1000000"),
+        ("data.lanes=0", "1 .. 65536"),
+        ("tables.user.dim=0", "1 .. 4096"),
+        ("tables.user.capacity_rows=0", "1 .. 2147483648"),
+        ("features.user_id.dropout=1.1", "0 .. 1"),
+        ("features.history.max_len=0", "1 .. 2147483648"),
+        ("model.tower_layers=[8, 0]", "1 .. 1048576"),
+        ("model.position.layers=[-1]", "1 .. 1048576"),
+        ("model.position.dropout=2", "0 .. 1"),
+        ("model.balance.weights.watch=-1", "0 .. 1000000"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_told_with_the_bounds(path: Path, override: str, expected: str) -> None:
+    text = refusal(path, override)
+    assert "out of bounds" in text and f"expected {expected}" in text and "-> correct it" in text
+
+
+@pytest.mark.parametrize("section", ["features", "tables", "tasks"])
+def test_an_empty_section_is_refused(path: Path, section: str) -> None:
+    numbers_only = {"features": {"price": {"kind": "number"}}, "model": {"body": {"kind": "mmoe"}}}
+    text = refusal_of(path, yaml.safe_dump(yaml.safe_load(GOOD) | numbers_only | {section: {}}))
+    assert text == f"{path}: {section}: no {section}\n  -> name at least one"
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "text"),
+    [
+        (
+            "features.user_id.table=users",
+            "features.user_id.table",
+            "no table is called 'users'\n  -> did you mean 'user'?",
+        ),
+        ("features.x={kind: id}", "features.x", "an id feature names no table\n  -> add table: "),
+        ("tasks.cart.given=clik", "tasks.cart.given", "no task is called 'clik'\n  -> did you mean 'click'?"),
+        ("tasks.watch.where=zzz", "tasks.watch.where", "no task is called 'zzz'\n  -> known: buy, cart, click, watch"),
+        (
+            "tasks.buy.given=watch",
+            "tasks.buy.given",
+            "'watch' is no event\n  got loss: mse\n  expected a task with loss: bce",
+        ),
+        (
+            "tasks.buy.where=click",
+            "tasks.buy",
+            "given goes with loss: bce and without where\n  got loss: bce, where: click",
+        ),
+        ("tasks.watch.given=click", "tasks.watch", "given goes with loss: bce and without where\n  got loss: mse"),
+        ("model.position.features=[price]", "model.position.features", "no id feature is called 'price'"),
+        (
+            "model.position.tasks=[clicks]",
+            "model.position.tasks",
+            "no task is called 'clicks'\n  -> did you mean 'click'?",
+        ),
+        (
+            "model.balance.weights.wach=1",
+            "model.balance.weights",
+            "no task is called 'wach'\n  -> did you mean 'watch'?",
+        ),
+    ],
+)
+def test_a_name_that_nothing_defines_is_told_with_the_nearest_one(
+    path: Path, override: str, place: str, text: str
+) -> None:
+    assert f"{path}: {place}: {text}" in refusal(path, override)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "circle"),
+    [
+        ("{click: {given: click}}", "click -> click"),
+        ("{click: {given: buy}, cart: {given: click}, buy: {given: cart}}", "click -> buy -> cart -> click"),
+        ("{click: {where: cart}, cart: {given: click}}", "click -> cart -> click"),
+    ],
+)
+def test_tasks_that_hang_on_each_other_in_a_circle_are_refused(path: Path, tasks: str, circle: str) -> None:
+    tree = yaml.safe_load(GOOD) | {"tasks": yaml.safe_load(tasks), "model": {"body": {"kind": "mmoe"}}}
+    text = refusal_of(path, yaml.safe_dump(tree, sort_keys=False))
+    assert "tasks.click: the tasks hang on each other in a circle" in text and f"got {circle}\n" in text
+
+
+def test_an_unknown_name_is_found_wherever_it_stands_in_a_chain(path: Path) -> None:
+    # The first task's chain runs into it before the task that names it is looked at.
+    text = refusal(path, "tasks={click: {given: cart}, cart: {given: zzz}}", "model={body: {kind: mmoe}}")
+    assert f"{path}: tasks.cart.given: no task is called 'zzz'" in text
+
+
+@pytest.mark.parametrize("override", ["name=../x", "name='a/b'", "tables={'a/b': {}}", "tasks={'a@b': {}}", "name=''"])
+def test_names_that_become_folders_or_addresses_hold_nothing_that_cuts_them(path: Path, override: str) -> None:
+    text = refusal(path, override)
+    assert "not a name" in text and "expected letters, digits, _, - and points" in text
+
+
+# The body's settings are the body's own: they are checked where it is made.
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "model.body.kind: no body is called ''\n  -> known: mmoe, omoe, shared_bottom"),
+        ({"kind": "mmoee"}, "model.body.kind: no body is called 'mmoee'\n  -> did you mean 'mmoe'?"),
+        ({"kind": ["mmoe"]}, "model.body.kind: no body is called '['mmoe']'"),
+        ({"kind": "mmoe", "num_expert": 3}, "(mmoe): unknown key 'num_expert'\n  -> did you mean 'num_experts'?"),
+        ({"kind": "mmoe", "layers": [8]}, "(mmoe): unknown key 'layers'\n  -> did you mean 'expert_layers'?"),
+        ({"kind": "mmoe", "num_gates": 1}, "(mmoe): unknown key 'num_gates'"),  # a parameter, but no setting
+        ({"kind": "mmoe", "num_experts": 0}, "got {'num_experts': 0}\n  expected a whole number from 1 up"),
+        ({"kind": "mmoe", "num_experts": "many"}, "got {'num_experts': 'many'}\n  expected a whole number from 1 up"),
+        ({"kind": "mmoe", "num_experts": True}, "got {'num_experts': True}"),
+        ({"kind": "omoe", "expert_layers": [8, -1]}, "expected a list of whole numbers from 1 up"),
+        ({"kind": "omoe", "expert_layers": 8}, "got {'expert_layers': 8}\n  expected a list of whole numbers"),
+        (
+            {"kind": "shared_bottom", "layers": "wide"},
+            "model.body (shared_bottom): wrong value\n  got {'layers': 'wide'}",
+        ),
+        ({"kind": "mmoe", "gate_dropout": 1.5}, "expected a number from 0 to 1\n  -> correct the body's settings"),
+    ],
+)
+def test_a_body_that_cannot_be_made_is_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError) as raised:
+        make_body(settings, 8, 2)
+    assert text in str(raised.value)
+
+
+def test_every_configuration_that_is_shipped_is_good() -> None:
+    for shipped in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        config = load(str(shipped))
+        assert isinstance(config, Config)
+        make_body(config.model.body, 8, len(config.tasks))

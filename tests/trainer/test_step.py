@@ -1,0 +1,375 @@
+"""Proof tests of trainer/step.py: one step by hand, uneven workers, scoring without a trace, position bias."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import many
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from embeddings.buckets import hash64
+from embeddings.exchange import Exchange, LocalExchange
+from embeddings.jagged import Jagged
+from embeddings.table import TableConfig
+from trainer.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    DenseConfig,
+    FeatureConfig,
+    ModelConfig,
+    PositionConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from trainer.data import Batch
+from trainer.learner import Learner, build
+from trainer.step import score_step, train_step
+
+DAY = 738_000
+MMOE = {"kind": "mmoe", "num_experts": 3, "expert_layers": [16, 8], "gate_dropout": 0.2}
+BOTTOM = {"kind": "shared_bottom", "layers": [16, 8]}
+TASKS = {
+    "click": TaskConfig(),
+    "cart": TaskConfig(given="click"),
+    "watch": TaskConfig(loss="mse", where="click", transform="log1p"),
+    "like": TaskConfig(where="click"),
+}
+FEATURES = {
+    "user": FeatureConfig("id", table="user", dropout=0.2),
+    "item": FeatureConfig("id", table="item"),
+    "history": FeatureConfig("ids", table="item"),
+    "position": FeatureConfig("id", table="position"),
+    "price": FeatureConfig("number"),
+    "age": FeatureConfig("number"),
+}
+TABLES = {name: TableConfig(dim, 256, 0.5) for name, dim in {"user": 8, "item": 8, "position": 4}.items()}
+
+
+def config(body: dict[str, Any], precision: Any = "fp32") -> Config:
+    """Four tasks of every kind, lists, numbers, a position tower; every kind of dropout that the body knows."""
+    position = PositionConfig(("position",), ("click",), dropout=0.3)
+    model = ModelConfig(body, (8,), position, BalanceConfig(weights={"watch": 0.1, "like": 2.0}))
+    return Config("step", DataConfig("-"), FEATURES, TABLES, TASKS, model, TrainConfig(precision=precision, seed=4))
+
+
+def logged(num_rows: int = 120, seed: int = 0) -> Batch:
+    """Random rows; nulls among ids, numbers and labels; the first third without a click."""
+    rng = np.random.default_rng(seed)
+    ids = {}
+    for name in ("user", "item", "history", "position"):
+        lengths = torch.from_numpy(
+            rng.integers(0, 5, num_rows) if name == "history" else (rng.random(num_rows) < 0.9).astype(int)
+        )
+        ids[name] = Jagged.from_lengths(torch.from_numpy(rng.integers(0, 30, int(lengths.sum()))), lengths)
+    numbers = rng.normal(2, 3, (num_rows, 2))
+    labels = rng.integers(0, 2, (num_rows, 4)).astype(float)
+    for values in (numbers, labels):
+        values[rng.random(values.shape) < 0.1] = np.nan
+    labels[: num_rows // 3, 0] = 0
+    floats = [torch.from_numpy(values.astype(np.float32)) for values in (numbers, labels, rng.random(num_rows))]
+    return Batch(ids, *floats, row_B=torch.from_numpy(rng.permutation(10_000)[:num_rows]))
+
+
+def local(settings: Config) -> Learner:
+    return build(settings, LocalExchange())
+
+
+def gradients(learner: Learner) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
+
+
+def parameters(learner: Learner) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
+
+
+def exported(learner: Learner) -> dict[str, tuple[Tensor, ...]]:
+    return {table: learner.embeddings.shard.export(table) for table in TABLES}
+
+
+def traces(learner: Learner) -> list[Any]:
+    """Everything that a day leaves behind."""
+    modules = (learner.model, learner.averaged, learner.optimizer)
+    return [*(module.state_dict() for module in modules), learner.stats.state(), exported(learner)]
+
+
+# Any number of workers
+
+
+def share(batch: Batch, rank: int, num_workers: int, step: int) -> Batch:
+    """Of two workers: first one without a row, then one without a click, then the other without a row."""
+    first_of_second = (0, batch.num_rows // 3, batch.num_rows)[step] if num_workers == 2 else batch.num_rows
+    return batch.select(torch.arange(batch.num_rows).tensor_split([first_of_second])[rank])
+
+
+def steps(exchange: Exchange, settings: Sequence[Config]) -> list[dict[str, Any]]:
+    """Three steps of each configuration: what every worker must agree on, and its own part of the losses and rows."""
+    found = []
+    for each in settings:
+        learner, losses, grads, scores = build(each, exchange), [], [], []
+        for step in range(3):
+            batch = share(logged(seed=step), exchange.rank, exchange.num_workers, step)
+            losses.append(train_step(learner, batch, DAY).tolist())
+            grads.append(gradients(learner).tolist())
+            scores.append(score_step(learner, batch).tolist())
+        rows = {table: [part.tolist() for part in parts] for table, parts in exported(learner).items()}
+        numbers = torch.stack(list(learner.stats.state().values())).tolist()
+        dense = parameters(learner).tolist()
+        found.append(
+            {"losses": losses, "gradients": grads, "dense": dense, "numbers": numbers, "rows": rows, "scores": scores}
+        )
+    return found
+
+
+def assert_close(got: Any, want: Any, relative: float = 1e-6) -> None:
+    """Each number within `relative` of the largest of its array: float32 sums in another order."""
+    got, want = np.array(got), np.array(want)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=relative * np.abs(want).max())
+
+
+def test_two_uneven_workers_give_the_losses_gradients_rows_and_scores_of_one() -> None:
+    settings = [config(MMOE), config(BOTTOM)]
+    for workers, want in zip(
+        zip(*many.run(2, steps, settings), strict=True), steps(LocalExchange(), settings), strict=True
+    ):
+        first, second = workers
+        # oracle: one process on the whole batch. Adam and Adagrad divide by the gradient's size: ten times the rounding
+        assert_close(first["gradients"][0], want["gradients"][0], 1e-6)
+        assert first["gradients"] == second["gradients"] and first["dense"] == second["dense"]  # one model, bit for bit
+        assert_close(np.add(first["losses"], second["losses"]), want["losses"], 1e-5)
+        assert_close(first["gradients"], want["gradients"], 1e-5)
+        assert_close(first["dense"], want["dense"], 1e-5)
+        assert_close(second["numbers"], want["numbers"], 1e-12)  # float64
+        for table, (keys, weights, state) in want["rows"].items():
+            one, other = (
+                worker["rows"][table] for worker in workers
+            )  # ranges of keys, so in order one after the other
+            assert one[0] + other[0] == keys
+            assert_close(one[1] + other[1], weights, 1e-5)
+            assert_close(one[2] + other[2], state, 1e-5)
+        for one, other, alone in zip(first["scores"], second["scores"], want["scores"], strict=True):
+            assert_close(one + other, alone, 1e-5)
+
+
+# One step by hand
+
+
+def test_a_step_is_adam_on_the_net_and_one_adagrad_step_on_each_row_seen() -> None:
+    tables, lr = {"item": TableConfig(4, 64, 0.5)}, 0.05
+    model = ModelConfig({"kind": "shared_bottom", "layers": [6]}, ())
+    learner = local(
+        Config(
+            "hand", DataConfig("-"), {"item": FeatureConfig("id", table="item")}, tables, {"click": TaskConfig()}, model
+        )
+    )
+    ids_B, labels_B1 = torch.tensor([7, 3, 7, 9, 7]), torch.tensor([[1.0], [0.0], [0.0], [1.0], [1.0]])
+    batch = Batch(
+        {"item": Jagged(ids_B, torch.arange(6))}, torch.empty(5, 0), labels_B1, torch.ones(5), torch.arange(5)
+    )
+    learner.embeddings.pull(batch.ids, insert=True)  # so that the rows are there to be read
+    keys_U, weight_UD, _ = learner.embeddings.shard.export("item")
+    net, twin_UD = copy.deepcopy(learner.model), weight_UD.clone().requires_grad_()
+    adam = torch.optim.Adam(net.parameters(), lr=0.001)
+    x_BI = twin_UD[torch.searchsorted(keys_U, hash64(ids_B))]
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(net(x_BI, [], None), labels_B1)
+    loss.backward()
+    adam.step()
+
+    assert train_step(learner, batch, DAY).item() == pytest.approx(loss.item(), rel=1e-6)  # torch's loss; float32
+    torch.testing.assert_close(parameters(learner), torch.cat([p.detach().flatten() for p in net.parameters()]))
+    _, updated_UD, state_U = learner.embeddings.shard.export("item")
+    expected_U = twin_UD.grad.square().mean(
+        1
+    )  # Gupta et al. 2014: gradients of a repeated id summed first, one step a row
+    torch.testing.assert_close(state_U, expected_U)
+    torch.testing.assert_close(updated_UD, weight_UD - lr * twin_UD.grad / (expected_U.sqrt().unsqueeze(1) + 1e-8))
+
+
+def test_a_sample_weight_of_two_is_the_row_twice_and_of_zero_is_no_row() -> None:
+    batch = logged()
+    batch.numbers_BK = torch.zeros_like(batch.numbers_BK)  # running statistics count rows, not weights
+    copies_B = torch.arange(120) % 3
+    rows = torch.arange(120).repeat_interleave(copies_B)
+    copied = batch.select(rows)
+    batch.weights_B, copied.weights_B = copies_B.float(), torch.ones(rows.numel())
+    weighted, repeated = local(config(MMOE)), local(config(MMOE))
+    losses = [train_step(learner, part, DAY).numpy() for learner, part in ((weighted, batch), (repeated, copied))]
+    # oracle: the rows copied, with their draws; float32 sums in another order
+    assert_close(losses[0], losses[1])
+    assert_close(gradients(weighted), gradients(repeated))
+    for table, (keys, _, state) in exported(repeated).items():
+        mine, _, my_state = exported(weighted)[table]
+        seen = torch.isin(mine, keys)  # a row of weight zero is pulled, and then not moved
+        assert_close(my_state[seen], state)
+        assert (my_state[~seen] == 0).all()
+
+
+def test_a_batch_in_another_order_gives_the_same_step() -> None:
+    batch, order = logged(), torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    straight, shuffled = local(config(MMOE)), local(config(MMOE))
+    losses = [train_step(straight, batch, DAY), train_step(shuffled, batch.select(order), DAY)]
+    # what is random belongs to the row, not to its place in the batch; float32 sums in another order
+    assert_close(losses[1], losses[0])
+    assert_close(gradients(shuffled), gradients(straight))
+
+
+def test_chance_changes_with_the_day_and_not_with_the_call() -> None:
+    found = []
+    for day in (DAY, DAY, DAY + 1):
+        learner = local(config(MMOE))
+        train_step(learner, logged(), day)
+        found.append(gradients(learner))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])  # other rows are dropped
+
+
+@pytest.mark.parametrize("body", [MMOE, BOTTOM])
+def test_a_batch_without_labels_changes_no_weight(body: dict[str, Any]) -> None:
+    learner, batch = local(config(body)), logged()
+    batch.labels_BT = torch.full_like(batch.labels_BT, torch.nan)
+    before = parameters(learner)
+    assert train_step(learner, batch, DAY).tolist() == [0.0] * 4  # nothing to learn from, and no NaN
+    assert torch.equal(parameters(learner), before)
+    assert all((state_U == 0).all() for _, _, state_U in exported(learner).values())
+
+
+def test_loss_weights_scale_each_tasks_gradient() -> None:
+    batch, alone = logged(), []
+    for weights in ([1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0], [1.0, 1.0, 0.1, 2.0]):
+        learner = local(config(MMOE))
+        learner.loss_weights_T = torch.tensor(weights)
+        train_step(learner, batch, DAY)
+        alone.append(gradients(learner))
+    default = local(config(MMOE))  # the last row is what the configuration says
+    train_step(default, batch, DAY)
+    assert torch.equal(gradients(default), alone[4])
+    assert_close(alone[0] + alone[1] + 0.1 * alone[2] + 2 * alone[3], alone[4], 3e-6)  # linearity; float32
+
+
+def test_bfloat16_stays_near_float32_and_keeps_losses_and_weights_in_float32() -> None:
+    exact, rounded = local(config(MMOE)), local(config(MMOE, "bf16"))
+    losses = [train_step(learner, logged(), DAY) for learner in (exact, rounded)]
+    assert losses[1].dtype == parameters(rounded).dtype == score_step(rounded, logged()).dtype == torch.float32
+    # bfloat16 keeps 8 bits: 0.4 % a product, five layers deep
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+    assert torch.cosine_similarity(gradients(rounded), gradients(exact), dim=0) > 0.999
+
+
+# Scoring
+
+
+@pytest.mark.parametrize("average", [0.0, 0.7])
+def test_what_scores_is_the_moving_average_of_the_weights(average: float) -> None:
+    settings = config(MMOE)
+    settings = replace(settings, train=replace(settings.train, dense=DenseConfig(average=average)))
+    learner, expected = local(settings), None
+    for step in range(4):
+        train_step(learner, logged(seed=step), DAY)
+        now = parameters(learner)
+        expected = now if expected is None else average * expected + (1 - average) * now
+    averaged = torch.cat([p.flatten() for p in learner.averaged.module.parameters()])
+    torch.testing.assert_close(averaged, expected)  # plain loop; the first step starts the average
+    learner.model.load_state_dict(learner.averaged.module.state_dict())
+    rows = logged(seed=9)
+    pulled = learner.embeddings.pull(rows.ids, insert=False)
+    x_BI = learner.features.main(rows, pulled, learner.stats, None)
+    by_hand_BT = learner.model(x_BI, learner.features.selection(rows, pulled, None), None)
+    assert torch.equal(score_step(learner, rows), by_hand_BT)
+
+
+def test_scoring_leaves_no_trace() -> None:
+    learner = local(config(MMOE))
+    train_step(learner, logged(), DAY)
+    before = copy.deepcopy(traces(learner))
+    fresh = logged(seed=9)
+    fresh.ids["user"] = Jagged(fresh.ids["user"].values_N + 1_000, fresh.ids["user"].offsets)  # ids never seen
+    first, second = score_step(learner, fresh), score_step(learner, fresh)
+    after = traces(learner)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)  # the same bits
+    assert torch.equal(first, second) and not first.requires_grad
+    assert learner.embeddings.shard.counts["user"].unknown > 0
+
+
+def test_an_unknown_id_scores_as_no_id() -> None:
+    learner = local(config(MMOE))
+    train_step(learner, logged(), DAY)
+    unknown, none = logged(seed=9), logged(seed=9)
+    lengths_B = unknown.ids["item"].lengths_B
+    unknown.ids["item"] = Jagged(unknown.ids["item"].values_N + 1_000, unknown.ids["item"].offsets)
+    none.ids["item"] = Jagged.from_lengths(torch.empty(0, dtype=torch.int64), torch.zeros_like(lengths_B))
+    assert torch.equal(score_step(learner, unknown), score_step(learner, none))  # both read zeros
+
+
+def test_scores_do_not_depend_on_the_position_column() -> None:
+    learner, batch = local(config(MMOE)), logged(seed=1)
+    for _ in range(3):
+        train_step(learner, batch, DAY)
+    scores_BT, position = score_step(learner, batch), batch.ids["position"]
+    for values_N in (position.values_N.flip(0), torch.zeros_like(position.values_N), position.values_N + 1_000):
+        batch.ids["position"] = Jagged(values_N, position.offsets)
+        assert torch.equal(score_step(learner, batch), scores_BT)  # the same bits
+    batch.ids["position"] = Jagged.from_lengths(position.values_N[:0], torch.zeros(120, dtype=torch.int64))
+    assert torch.equal(score_step(learner, batch), scores_BT)
+
+
+def test_training_on_other_tasks_moves_neither_the_position_tower_nor_its_table() -> None:
+    learner, batch = local(config(MMOE)), logged()
+    learner.loss_weights_T = torch.tensor([0.0, 0.0, 1.0, 1.0])  # watch and like; the tower belongs to click
+    train_step(learner, batch, DAY)
+    for name, parameter in learner.model.named_parameters():
+        assert parameter.grad is not None and (parameter.grad == 0).all() == name.startswith("position."), name
+    assert (exported(learner)["position"][2] == 0).all()  # Adagrad's sum of squared gradients: exactly 0
+
+
+# Position bias, Zhao et al. 2019, section 4.3
+
+
+def biased_clicks(num_requests: int, seed: int) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Requests of ten items, ranked by a noisy guess of the interest u(x), one request in ten shuffled.
+
+    click ~ sigmoid(u(x) + b(position)). Returns the rows, u of each, b of each position.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_requests, 10, 4))
+    interest, bias = x @ np.array([1.0, -0.7, 0.5, 0.3]) - 0.5, np.linspace(0, -2, 10)
+    guess = interest + rng.normal(size=interest.shape)
+    guess = np.where(rng.random((num_requests, 1)) < 0.1, rng.random(guess.shape), guess)
+    position = (-guess).argsort(1).argsort(1)
+    clicks = rng.random(guess.shape) < 1 / (1 + np.exp(-interest - bias[position]))
+    x_BK, labels_B1 = (torch.from_numpy(v.astype(np.float32)) for v in (x.reshape(-1, 4), clicks.reshape(-1, 1)))
+    ids = {"position": Jagged(torch.from_numpy(position.flatten()), torch.arange(position.size + 1))}
+    return Batch(ids, x_BK, labels_B1, torch.ones(position.size), torch.arange(position.size)), interest.flatten(), bias
+
+
+def trained_on_clicks(rows: Batch) -> Learner:
+    """Three passes with a main net that is linear in the four numbers."""
+    features = {name: FeatureConfig("number") for name in "abcd"} | {"position": FeatureConfig("id", table="position")}
+    position = PositionConfig(("position",), ("click",), dropout=0.1, layers=(16,))
+    model = ModelConfig({"kind": "shared_bottom", "layers": []}, (), position)
+    tables, train = {"position": TableConfig(4, 16, 0.1)}, TrainConfig(dense=DenseConfig(lr=0.02))
+    learner = local(Config("clicks", DataConfig("-"), features, tables, {"click": TaskConfig()}, model, train))
+    for part in 3 * torch.arange(rows.num_rows).split(1_000):
+        train_step(learner, rows.select(part), DAY)
+    return learner
+
+
+def test_the_position_tower_takes_the_bias_and_leaves_the_interest_to_the_main_net() -> None:
+    rows, interest, bias = biased_clicks(16_000, seed=0)
+    learner = trained_on_clicks(rows)
+    pulled = learner.embeddings.pull({"position": Jagged(torch.arange(10), torch.arange(11))}, insert=False)
+    shown = [(pulled.rows_UD[4][pulled.index_N["position"]], torch.ones(10))]
+    learnt = learner.averaged.module.position(shown)[:, 0].detach().numpy()
+    # the simulated law. Even the optimum (a logistic regression on one-hot positions, one in ten dropped) has slope .98
+    # and inflation 1.03: where the position is dropped, interest stands in for it; a constant rate adds some hundredths
+    assert np.polyfit(bias, learnt, 1)[0] == pytest.approx(1, abs=0.1)
+    assert score_step(learner, rows)[:, 0].numpy().std() / interest.std() == pytest.approx(1, abs=0.1)
+    x_BK, clicks_B = rows.numbers_BK.numpy(), rows.labels_BT[:, 0].numpy()
+    blind_B = LogisticRegression(C=1e6).fit(x_BK, clicks_B).decision_function(x_BK)
+    assert (
+        blind_B.std() / interest.std() > 1.2
+    )  # what the tower prevents: interest swallows the bias of the better places
