@@ -79,7 +79,7 @@ class ShardedEmbeddings:
         for table in tables:
             features = [name for name in ids if self.feature_tables[name] == table]
             values = [ids[name].values_N for name in features]
-            every_id = torch.cat(values) if values else torch.empty(0, dtype=torch.int64)
+            every_id = torch.cat(values) if values else torch.empty(0, dtype=torch.int64, device=self.shard.device)
             distinct, index = torch.unique(hash64(every_id), return_inverse=True)
             for name, part in zip(features, (index + first).split([v.numel() for v in values]), strict=True):
                 index_N[name] = part

@@ -22,7 +22,7 @@ class Exchange(Protocol):
         ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over the workers, in place, the same bits on every worker."""
+        """The sum over the workers, the same bits on every worker. May reuse the tensor's memory."""
         ...
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -47,20 +47,26 @@ class LocalExchange:
 
 
 class CollectiveExchange:
-    """The workers of the process group that is already there: gloo on CPU, NCCL on CUDA."""
+    """The workers of the process group that is already there: gloo on CPU, NCCL on CUDA.
 
-    def __init__(self) -> None:
+    device: where the group's tensors must lie; what lies elsewhere is moved there and back.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         self.rank = torch.distributed.get_rank()
         self.num_workers = torch.distributed.get_world_size()
+        self._device = device or torch.device("cpu")
 
     def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
-        received = send.new_empty(sum(receive_sizes), *send.shape[1:])
-        torch.distributed.all_to_all_single(received, send.contiguous(), list(receive_sizes), list(send_sizes))
-        return received
+        moved = send.to(self._device).contiguous()
+        received = moved.new_empty(sum(receive_sizes), *send.shape[1:])
+        torch.distributed.all_to_all_single(received, moved, list(receive_sizes), list(send_sizes))
+        return received.to(send.device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        torch.distributed.all_reduce(tensor)
-        return tensor
+        moved = tensor.to(self._device)
+        torch.distributed.all_reduce(moved)
+        return moved.to(tensor.device)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         sizes = torch.zeros(self.num_workers, dtype=torch.int64, device=tensor.device)

@@ -39,7 +39,7 @@ class IdMap:
         return rows_U
 
     def insert(self, keys_U: Tensor, rows_U: Tensor) -> None:
-        """Add distinct keys that are not in the map yet."""
+        """Add distinct keys that are not in the map yet, with distinct rows."""
         self.num_keys += keys_U.numel()
         if self.num_keys > self._keys.numel() * _MAX_LOAD:
             keys, rows = self.items()

@@ -25,6 +25,9 @@ class Jagged:
     def lengths_B(self) -> Tensor:
         return self.offsets[1:] - self.offsets[:-1]
 
+    def to(self, device: torch.device) -> "Jagged":
+        return Jagged(self.values_N.to(device), self.offsets.to(device))
+
     @staticmethod
     def from_lengths(values_N: Tensor, lengths_B: Tensor) -> "Jagged":
         return Jagged(values_N, torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0)))

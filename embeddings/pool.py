@@ -4,6 +4,8 @@ Tables of equal dim share a pool, so that a step makes one kernel call a width, 
 Shape letters: U distinct rows, D floats a row.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from embeddings.optim import RowwiseAdagrad
 
 
 class RowPool:
-    """Rows 0 .. num_rows - 1 are taken; the pool doubles when they do not suffice. kernel: the RowKernel class to use."""
+    """Rows 0 .. num_rows - 1 are taken; the pool doubles when they do not suffice. kernel: makes a RowKernel from rows, dim and device."""
 
     def __init__(
         self,
@@ -20,10 +22,10 @@ class RowPool:
         capacity_rows: int,
         optimizer: RowwiseAdagrad,
         device: torch.device,
-        kernel: type[FbgemmRows] | type[RowKernel] = FbgemmRows,
+        kernel: Callable[[int, int, torch.device], RowKernel] = FbgemmRows,
     ):
         self.dim, self.num_rows, self.optimizer = dim, 0, optimizer
-        self._device, self._kernel_class = device, kernel
+        self._device, self._make_kernel = device, kernel
         self._kernel: RowKernel = kernel(max(capacity_rows, 1), dim, device)
         self._state_R = torch.zeros(max(capacity_rows, 1), device=device)
 
@@ -45,7 +47,7 @@ class RowPool:
         return torch.arange(first, self.num_rows, device=self._device)
 
     def _grow(self, capacity_rows: int) -> None:
-        kernel = self._kernel_class(capacity_rows, self.dim, self._device)
+        kernel = self._make_kernel(capacity_rows, self.dim, self._device)
         kernel.weight_RD[: self.capacity_rows] = self._kernel.weight_RD
         self._state_R = torch.cat([self._state_R, self._state_R.new_zeros(capacity_rows - self.capacity_rows)])
         self._kernel = kernel

@@ -3,7 +3,7 @@
 Shape letters: U distinct keys, D floats a row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +44,9 @@ class Shard:
         num_shards: int = 1,
         seed: int = 0,
         device: torch.device | None = None,
-        kernel: type[FbgemmRows] | type[RowKernel] = FbgemmRows,
+        kernel: Callable[[int, int, torch.device], RowKernel] = FbgemmRows,
     ):
-        device = device or torch.device("cpu")
+        self.device = device = device or torch.device("cpu")
         share = _HEADROOM / num_shards if num_shards > 1 else 1.0
         self.tables = dict(tables)
         self.maps = {name: IdMap(int(table.capacity_rows * share), device) for name, table in tables.items()}

@@ -1,6 +1,7 @@
 """Run one function in several gloo processes, as the workers of a night would be, without Ray."""
 
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,8 @@ def run(num_workers: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
     function: a module-level function of a test module. Its exception is raised here with the worker's traceback.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "embeddings.kernels"])  # imported once
     results = context.SimpleQueue()
     with tempfile.NamedTemporaryFile() as store:
         store_path = f"file://{store.name}-group"
@@ -25,7 +27,13 @@ def run(num_workers: int, function: Callable[..., Any], *args: Any) -> list[Any]
         ]
         for process in processes:
             process.start()
-        outcomes = dict(results.get() for _ in processes)
+        outcomes = {}
+        while len(outcomes) < num_workers:
+            while results.empty():
+                assert all(p.is_alive() or p.exitcode == 0 for p in processes), "a worker died without a word"
+                time.sleep(0.01)
+            rank, outcome = results.get()
+            outcomes[rank] = outcome
         for process in processes:
             process.join()
     for rank, (_, error) in sorted(outcomes.items()):

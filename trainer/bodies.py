@@ -44,7 +44,13 @@ class StackedMlp(nn.Module):
         return x
 
 
-class SharedBottom(nn.Module):
+class Body(nn.Module):
+    """What every body is: built from (input_dim, num_tasks, **settings), called with (x_BI, draws) for h_TBH of width output_dim."""
+
+    output_dim: int
+
+
+class SharedBottom(Body):
     """One network for all tasks. Source: Caruana: Multitask learning, Machine Learning 28, 1997."""
 
     def __init__(self, input_dim: int, num_tasks: int, *, layers: tuple[int, ...] = (256, 128)):
@@ -57,7 +63,7 @@ class SharedBottom(nn.Module):
         return self.bottom(x_BI.unsqueeze(0)).expand(self.num_tasks, -1, -1)
 
 
-class MultiGateExperts(nn.Module):
+class MultiGateExperts(Body):
     """MMoE: shared experts, one softmax gate a task, linear and without bias.
 
     gate_dropout: in training, the chance that a row does without an expert; the gate is renormalised over the rest, and a row that lost all
@@ -116,4 +122,4 @@ class OneGateExperts(MultiGateExperts):
         )
 
 
-BODIES: dict[str, type[nn.Module]] = {"shared_bottom": SharedBottom, "omoe": OneGateExperts, "mmoe": MultiGateExperts}
+BODIES: dict[str, type[Body]] = {"shared_bottom": SharedBottom, "omoe": OneGateExperts, "mmoe": MultiGateExperts}

@@ -345,6 +345,9 @@ def _check_names(config: Config, where: str) -> None:
         if task.given and (task.where or task.loss != "bce"):
             got, do = f"loss: {task.loss}, where: {task.where}", "drop given, or where, or make it an event"
             raise UserError("given goes with loss: bce and without where", f"{where}: tasks.{name}", got=got, do=do)
+        if task.loss == "bce" and (task.transform != "none" or task.scale != 1):
+            got, do = f"transform: {task.transform}, scale: {task.scale}", "drop them, or set loss: mse"
+            raise UserError("transform and scale go with loss: mse", f"{where}: tasks.{name}", got=got, do=do)
     for name in config.tasks:
         _check_no_circle(config.tasks, name, where)
     if position := config.model.position:
@@ -375,6 +378,7 @@ def _check_numbers(config: Config, where: str) -> None:
         "train.dense.average": (config.train.dense.average, 0, 1),
         **{f"tables.{n}.dim": (t.dim, 1, 4096) for n, t in config.tables.items()},
         **{f"tables.{n}.capacity_rows": (t.capacity_rows, 1, 2**31) for n, t in config.tables.items()},
+        **{f"tasks.{n}.scale": (t.scale, 1e-12, 1e12) for n, t in config.tasks.items()},
         **{f"features.{n}.dropout": (f.dropout, 0, 1) for n, f in config.features.items()},
         **{f"features.{n}.max_len": (f.max_len, 1, 2**31) for n, f in config.features.items()},
         **{f"model.tower_layers.{i}": (width, 1, 2**20) for i, width in enumerate(config.model.tower_layers)},
@@ -383,6 +387,10 @@ def _check_numbers(config: Config, where: str) -> None:
         "train.rows.lr": (config.train.rows.lr, 0, 10**6),
         "train.dense.lr": (config.train.dense.lr, 0, 10**6),
     }
+    for n, table in config.tables.items():
+        if table.dim % 4:
+            do = f"set it to {-(-table.dim // 4) * 4}"
+            raise UserError("a width that the kernels cannot keep", f"{where}: tables.{n}.dim", got=str(table.dim), expected="a multiple of 4", do=do)
     if position := config.model.position:
         bounds["model.position.dropout"] = (position.dropout, 0, 1)
         bounds |= {f"model.position.layers.{i}": (width, 1, 2**20) for i, width in enumerate(position.layers)}

@@ -38,7 +38,7 @@ class Schema:
     """Which columns are read, and as what.
 
     ids, numbers: feature -> column. max_len: feature -> how many of a list's last ids count. log1p: numbers that are transformed so.
-    labels: task -> column. binary: the tasks whose label is 0 or 1. weight, group: columns, or None. keys: columns handed through.
+    labels: task -> column. binary: the tasks whose label is 0 or 1. above: the tasks whose label must be greater than a bound. weight, group: columns, or None. keys: columns handed through.
     """
 
     ids: Mapping[str, str]
@@ -47,6 +47,7 @@ class Schema:
     max_len: Mapping[str, int] = field(default_factory=dict)
     log1p: frozenset[str] = frozenset()
     binary: frozenset[str] = frozenset()
+    above: Mapping[str, float] = field(default_factory=dict)
     weight: str | None = None
     group: str | None = None
     keys: tuple[str, ...] = ()
@@ -83,6 +84,12 @@ class Batch:
             {name: ids.select(rows) for name, ids in self.ids.items()},
             **{f.name: _select(getattr(self, f.name), rows) for f in fields(self) if f.name != "ids"},
         )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows with every tensor on the device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ids"}
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
+        return Batch({name: ids.to(device) for name, ids in self.ids.items()}, **moved)
 
     @staticmethod
     def cat(parts: Sequence["Batch"]) -> "Batch":
@@ -224,7 +231,7 @@ class Logs:
             raise UserError("a row group cannot be read", f"{group.path}, row group {group.index}", got=got, do=do) from None
         column = {name: table[name].combine_chunks() for name in table.column_names}
         where = f"{group.path}, row group {group.index}"
-        labels = [_label(column[c], f"{where}, column '{c}'", task in schema.binary) for task, c in schema.labels.items()]
+        labels = [_label(column[c], f"{where}, column '{c}'", task in schema.binary, schema.above.get(task)) for task, c in schema.labels.items()]
         numbers = [_number(column[c], f"{where}, column '{c}'", name in schema.log1p) for name, c in schema.numbers.items()]
         return Batch(
             {name: _ids(column[c], schema.max_len.get(name)) for name, c in schema.ids.items()},
@@ -468,11 +475,13 @@ def _number(array: pa.Array, where: str, log1p: bool) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def _label(array: pa.Array, where: str, binary: bool) -> Tensor:
+def _label(array: pa.Array, where: str, binary: bool, above: float | None) -> Tensor:
     values = _floats(array, where)
     if binary:
         bad = ~np.isin(values, (0, 1)) & ~np.isnan(values)
         _refuse(bad, values, where, "not the label of a task with loss: bce", "0, 1 or null")
+    if above is not None:
+        _refuse(values <= above, values, where, "transform: log1p is not defined here", f"labels above {above:g}, or null")
     return torch.from_numpy(values.astype(np.float32))
 
 

@@ -102,6 +102,7 @@ def open_logs(config: Config) -> Logs:
         max_len={name: f.max_len for name, f in config.features.items() if f.kind == "ids"},
         log1p=frozenset(name for name in numbers if config.features[name].transform == "log1p"),
         binary=frozenset(name for name, task in config.tasks.items() if task.loss == "bce"),
+        above={name: -1 / task.scale for name, task in config.tasks.items() if task.transform == "log1p"},
         weight=config.data.weight,
         group=config.data.group,
         keys=config.data.keys,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.bodies import BODIES, StackedLinear, StackedMlp
+from trainer.bodies import BODIES, Body, StackedLinear, StackedMlp
 from trainer.config import nearest
 from trainer.draws import Draws
 from trainer.errors import UserError
@@ -42,7 +42,7 @@ class PositionTower(nn.Module):
 class MultiTaskModel(nn.Module):
     """body: maps x_BI to h_TBH. tower_layers: hidden layers of each task's tower. position: the shallow tower, if any."""
 
-    def __init__(self, body: nn.Module, num_tasks: int, tower_layers: tuple[int, ...], position: PositionTower | None = None):
+    def __init__(self, body: Body, num_tasks: int, tower_layers: tuple[int, ...], position: PositionTower | None = None):
         super().__init__()
         self.body = body
         self.towers = StackedMlp(num_tasks, body.output_dim, tower_layers)
@@ -68,7 +68,7 @@ _SETTINGS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def make_body(settings: Mapping[str, Any], input_dim: int, num_tasks: int) -> nn.Module:
+def make_body(settings: Mapping[str, Any], input_dim: int, num_tasks: int) -> Body:
     """The body that a configuration names: {kind: mmoe, num_experts: 8, ...}."""
     options = dict(settings)
     kind = str(options.pop("kind", ""))

@@ -14,6 +14,7 @@ from trainer.losses import denominators, task_losses
 def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
     """Train on this worker's share of a global batch; returns its part of each task's loss [T]. day: its ordinal."""
     exchange, graph, model = learner.exchange, learner.graph, learner.model
+    batch = batch.to(learner.device)
     draws = learner.draws(batch, day)
 
     pulled = learner.embeddings.pull(batch.ids, insert=True)  # collective
@@ -42,6 +43,7 @@ def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
 @torch.no_grad()
 def score_step(learner: Learner, batch: Batch) -> Tensor:
     """The tasks' conditional logits [B, T] as at serving: nothing dropped, positions missing, unknown ids left unknown."""
+    batch = batch.to(learner.device)
     pulled = learner.embeddings.pull(batch.ids, insert=False)  # collective
     x_BI = learner.features.main(batch, pulled, learner.stats, None)
     selection = learner.features.selection(batch, pulled, None)

@@ -108,7 +108,7 @@ def _on_worker(config: dict[str, Any]) -> dict[str, Any]:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
     events = config["events"]
-    worker = Worker(CollectiveExchange(), _device(), lambda event: events.put.remote(event))
+    worker = Worker(CollectiveExchange(_device()), _device(), lambda event: events.put.remote(event))
     try:
         return {"result": config["job"](worker), "error": None}
     except UserError as error:

@@ -27,6 +27,10 @@ def inputs(num_rows: int = 64) -> Tensor:
     return torch.randn(num_rows, INPUT)
 
 
+def layers(mlp: StackedMlp) -> list[StackedLinear]:
+    return [layer for layer in mlp.layers if isinstance(layer, StackedLinear)]
+
+
 def mmoe(gate_dropout: float = 0.0, num_experts: int = EXPERTS, num_tasks: int = TASKS) -> MultiGateExperts:
     return MultiGateExperts(INPUT, num_tasks, num_experts=num_experts, expert_layers=(16, 8), gate_dropout=gate_dropout)
 
@@ -34,8 +38,7 @@ def mmoe(gate_dropout: float = 0.0, num_experts: int = EXPERTS, num_tasks: int =
 def separate(mlp: StackedMlp, index: int) -> nn.Sequential:
     """One of the stacked networks as plain nn.Linear and nn.ReLU with the same weights."""
     found: list[nn.Module] = []
-    for layer in mlp.layers:
-        assert isinstance(layer, StackedLinear)
+    for layer in layers(mlp):
         linear = nn.Linear(*layer.weight.shape[1:])
         linear.load_state_dict({"weight": layer.weight[index].T, "bias": layer.bias[index, 0]})
         found += [linear, nn.ReLU()]
@@ -109,7 +112,7 @@ def test_tied_gates_equal_one_gate() -> None:
 def test_the_order_of_the_experts_does_not_matter() -> None:
     body, x_BI, order = mmoe(), inputs(), torch.tensor([3, 0, 4, 1, 2])
     before_TBH, gate_BGE = body(x_BI, None), body.gate(x_BI, None)
-    for layer in body.experts.layers:
+    for layer in layers(body.experts):
         layer.weight.data, layer.bias.data = layer.weight.data[order], layer.bias.data[order]
     body.gates.data = body.gates.data[..., order]
     assert_close(body(x_BI, None), before_TBH)  # a sum does not depend on its order
@@ -144,7 +147,7 @@ def test_a_batch_of_one_row_or_none_keeps_its_shape(kind: str, num_rows: int) ->
 
 def test_experts_start_different_and_of_full_rank() -> None:
     body = mmoe()
-    for layer in body.experts.layers:
+    for layer in layers(body.experts):
         flat = layer.weight.detach().flatten(1)
         assert torch.linalg.matrix_rank(flat) == EXPERTS  # equal or constant starts would stay of rank 1 for ever
         assert all(torch.linalg.matrix_rank(w) == min(w.shape) for w in layer.weight.detach())
@@ -155,8 +158,9 @@ def test_an_expert_that_no_gate_uses_gets_no_gradient() -> None:
     body, x_BI = mmoe(), inputs().abs() + 0.1
     body.gates.data[:, :, 2] = -1e4  # its softmax share underflows to exactly 0
     body(x_BI, None).square().sum().backward()
-    for layer in body.experts.layers:
+    for layer in layers(body.experts):
         for gradient in (layer.weight.grad, layer.bias.grad):
+            assert gradient is not None
             assert (gradient[2] == 0).all() and (gradient[[0, 1, 3, 4]] != 0).flatten(1).any(1).all()  # exactly
 
 

@@ -81,8 +81,7 @@ def test_the_gradient_of_a_pooled_list_reaches_each_of_its_ids() -> None:
     generator = torch.Generator().manual_seed(0)
     upstream_BI = torch.randn(50, 18, generator=generator)
     features().main(batch, pulled, stats_of(batch), None).backward(upstream_BI)
-    gradient_UD = pulled.rows_UD[4].grad.clone()
-    pulled.rows_UD[4].grad = None
+    gradient_UD, pulled.rows_UD[4].grad = pulled.rows_UD[4].grad, None
     parts = [looped(pulled, "user", 4), looped(pulled, "history", 4), looped(pulled, "sum_history", 4, mean=False)]
     torch.cat(parts, dim=1).backward(upstream_BI[:, :12])
     # autograd through the plain loop; float32 sums in another order

@@ -1,6 +1,7 @@
 """Proof tests of trainer/losses.py: closed forms, copied and removed rows, any split over workers, missing labels."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -141,37 +142,29 @@ def test_an_integer_weight_is_that_many_copies_of_the_row() -> None:
     assert (by_weight[copies_B == 0] == 0).all()
 
 
-def shares(labels_BT: Tensor, num_workers: int) -> list[Tensor]:
-    """The rows of each worker: of uneven size; the first of several has no click, one of three no row at all."""
-    clicked = labels_BT[:, 0] == 1
-    if num_workers == 1:
-        return [torch.arange(len(clicked))]
-    unclicked, rest = (~clicked).nonzero().flatten(), clicked.nonzero().flatten()
-    parts = [unclicked[:30], torch.cat([rest, unclicked[30:]])]
-    return (
-        parts if num_workers == 2 else [parts[0], rest[:0], *parts[1].split([7, len(parts[1]) - 7])][: num_workers + 1]
-    )
+def shares(labels_BT: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Each worker's rows, those without a click first, so that a first worker of 30 rows has none."""
+    return (labels_BT[:, 0] == 1).long().argsort(stable=True).split(sizes)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_the_parts_of_any_number_of_workers_add_up_to_the_loss_and_gradient_of_one(num_workers: int) -> None:
+@pytest.mark.parametrize("sizes", [[200], [30, 170], [30, 0, 170], [0, 60, 139, 1]])
+def test_the_parts_of_any_number_of_workers_add_up_to_the_loss_and_gradient_of_one(sizes: list[int]) -> None:
     logits_BT, labels_BT, weights_B = logged(200)
     expected_T = whole(EVERYTHING, logits_BT, labels_BT, weights_B)
-    (expected_gradient,) = torch.autograd.grad(expected_T.sum(), logits_BT)
-    workers = shares(labels_BT, num_workers)
-    assert sum(len(rows) for rows in workers) == 200
+    (expected_BT,) = torch.autograd.grad(expected_T.sum(), logits_BT)
+    workers = shares(labels_BT, sizes)
     sums_T = torch.stack([denominators(EVERYTHING, labels_BT[rows], weights_B[rows]) for rows in workers]).sum(0)
     parts = [task_losses(EVERYTHING, logits_BT[rows], labels_BT[rows], weights_B[rows], sums_T) for rows in workers]
-    # oracle: one process; float64, another order of summation, denominators rounded to float32
+    # oracle: one process; float64 sums in another order, denominators rounded to float32
     torch.testing.assert_close(torch.stack(parts).sum(0), expected_T, rtol=1e-6, atol=0)
-    (summed_gradient,) = torch.autograd.grad(torch.stack(parts).sum(), logits_BT)
-    torch.testing.assert_close(summed_gradient, expected_gradient, rtol=1e-6, atol=1e-12)
+    (summed_BT,) = torch.autograd.grad(torch.stack(parts).sum(), logits_BT)
+    torch.testing.assert_close(summed_BT, expected_BT, rtol=1e-6, atol=1e-12)
 
 
 def test_denominators_of_each_worker_alone_would_give_another_loss() -> None:
     logits_BT, labels_BT, weights_B = logged(200)
     expected_T = whole(EVERYTHING, logits_BT, labels_BT, weights_B)
-    workers = shares(labels_BT, 2)
+    workers = shares(labels_BT, [30, 170])
     local_T = torch.stack([whole(EVERYTHING, logits_BT[r], labels_BT[r], weights_B[r]) for r in workers]).mean(0)
     # the mistake that the test above must see: watch has all its rows on one of two workers, so half its loss is lost
     assert local_T[3].item() == pytest.approx(expected_T[3].item() / 2, rel=1e-6)
@@ -206,10 +199,10 @@ def test_labels_missing_after_a_click_leave_the_fitted_joint_unbiased() -> None:
     assert at_optimum_T.abs().max() < 1e-7  # the loss is strictly convex there; weights are rounded to float32
     # and the optimum is the truth: 18,000 labels, so one standard deviation is 0.9 % of the joint; four of them
     assert fitted[0] * fitted[1] == pytest.approx(p_click * p_buy, rel=0.04)
-    dropped = [fitted[0], (known_B & (buy_B == 1)).sum().item() / (known_B | (click_B == 0)).sum().item() / fitted[0]]
-    assert (
-        gradient(ESMM, constant(dropped, num_rows), labels_BT, ones_B).sum(0)[1] < -0.01
-    )  # what leaving rows out would fit
+    kept_B = known_B | (click_B == 0)
+    dropped = [fitted[0], (known_B & (buy_B == 1)).sum().item() / kept_B.sum().item() / fitted[0]]
+    # what leaving those rows out would fit instead is no optimum
+    assert gradient(ESMM, constant(dropped, num_rows), labels_BT, ones_B).sum(0)[1] < -0.01
 
 
 def test_labels_missing_in_the_middle_of_a_chain_leave_its_end_unbiased() -> None:

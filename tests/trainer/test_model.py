@@ -28,16 +28,16 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def model(num_tasks: int = TASKS, position: PositionTower | None = None) -> MultiTaskModel:
-    body = MultiGateExperts(INPUT, num_tasks, num_experts=3, expert_layers=(16, 8))
-    return MultiTaskModel(body, num_tasks, (8,), position)
+def model(position: PositionTower | None = None) -> MultiTaskModel:
+    body = MultiGateExperts(INPUT, TASKS, num_experts=3, expert_layers=(16, 8))
+    return MultiTaskModel(body, TASKS, (8,), position)
 
 
-def biased_model() -> MultiTaskModel:
-    position = PositionTower(DIMS, (16,), BIASED, TASKS)
-    for missing in position.missing:
+def biased_model() -> tuple[MultiTaskModel, PositionTower]:
+    tower = PositionTower(DIMS, (16,), BIASED, TASKS)
+    for missing in tower.missing:
         nn.init.normal_(missing)  # as after training
-    return model(position=position)
+    return model(tower), tower
 
 
 def selected(num_rows: int, present: float = 0.5) -> Selection:
@@ -53,9 +53,9 @@ def test_towers_equal_separate_linear_layers_a_task() -> None:
     net, x_BI = model(), torch.randn(32, INPUT)
     h_TBH, logits_BT = net.body(x_BI, None), net(x_BI, [], None)
     assert logits_BT.shape == (32, TASKS) and logits_BT.dtype == torch.float32
-    hidden = net.towers.layers[0]
+    weight, bias = net.towers.parameters()
     for t in range(TASKS):
-        tower_BH = torch.relu(nn.functional.linear(h_TBH[t], hidden.weight[t].T, hidden.bias[t, 0]))
+        tower_BH = torch.relu(nn.functional.linear(h_TBH[t], weight[t].T, bias[t, 0]))
         expected_B1 = nn.functional.linear(tower_BH, net.out.weight[t].T, net.out.bias[t, 0])
         assert_close(logits_BT[:, t], expected_B1[:, 0])  # torch.nn.functional
 
@@ -81,16 +81,16 @@ def test_the_gradient_of_the_shared_part_is_the_weighted_sum_of_the_tasks_gradie
 
 def test_identical_tasks_with_identical_towers_are_one_task_several_times() -> None:
     several, single = (MultiTaskModel(SharedBottom(INPUT, k, layers=(16, 8)), k, (8,)) for k in (3, 1))
-    of_single = dict(single.named_parameters())
+    weights = dict(single.named_parameters())
     for name, parameter in several.named_parameters():
-        parameter.data.copy_(of_single[name].expand_as(parameter))
+        parameter.data.copy_(weights[name].expand_as(parameter))
     x_BI = torch.randn(64, INPUT)
-    for net in (several, single):
-        net(x_BI, [], None).square().mean(0).sum().backward()
-    for ours, theirs in zip(several.body.parameters(), single.body.parameters(), strict=True):
-        torch.testing.assert_close(
-            ours.grad, 3 * theirs.grad, rtol=1e-4, atol=1e-6
-        )  # Caruana 1997: a sum of equal terms
+    of_several, of_one = (
+        torch.autograd.grad(net(x_BI, [], None).square().mean(0).sum(), list(net.body.parameters()))
+        for net in (several, single)
+    )
+    for ours, theirs in zip(of_several, of_one, strict=True):
+        torch.testing.assert_close(ours, 3 * theirs, rtol=1e-4, atol=1e-6)  # Caruana 1997: a sum of equal terms
 
 
 def test_one_expert_under_one_gate_is_esmm_on_a_shared_bottom() -> None:
@@ -107,20 +107,19 @@ def test_one_expert_under_one_gate_is_esmm_on_a_shared_bottom() -> None:
 
 
 def test_the_position_tower_leaves_the_logits_of_other_tasks_alone() -> None:
-    net, x_BI, selection = biased_model(), torch.randn(64, INPUT), selected(64)
-    logits_BT = net(x_BI, selection, None)
-    net.position, position = None, net.position
+    (net, tower), x_BI, selection = biased_model(), torch.randn(64, INPUT), selected(64)
+    logits_BT, added_BT = net(x_BI, selection, None), tower(selection)
+    net.position = None
     plain_BT = net(x_BI, [], None)
     assert torch.equal(logits_BT[:, OTHERS], plain_BT[:, OTHERS])  # the same bits: exactly 0 is added
-    added_BT = position(selection)
-    torch.testing.assert_close(logits_BT[:, BIASED], (plain_BT + added_BT)[:, BIASED])
+    assert torch.equal(logits_BT[:, BIASED], (plain_BT + added_BT)[:, BIASED])
     assert (added_BT[:, BIASED] != 0).all() and (added_BT[:, OTHERS] == 0).all()
 
 
 def test_the_losses_of_other_tasks_reach_neither_the_position_tower_nor_its_tables() -> None:
-    net, x_BI, selection = biased_model(), torch.randn(64, INPUT), selected(64)
+    (net, tower), x_BI, selection = biased_model(), torch.randn(64, INPUT), selected(64)
     logits_BT = net(x_BI, selection, None)
-    shallow = [*net.position.parameters(), *(vector_BD for vector_BD, _ in selection)]
+    shallow = [*tower.parameters(), *(vector_BD for vector_BD, _ in selection)]
     for t in OTHERS:
         gradients = torch.autograd.grad(logits_BT[:, t].square().sum(), shallow, retain_graph=True)
         assert all((gradient == 0).all() for gradient in gradients)  # exactly, by definition
@@ -131,18 +130,18 @@ def test_the_losses_of_other_tasks_reach_neither_the_position_tower_nor_its_tabl
 
 def test_a_position_tower_is_a_plain_network_on_the_selection_features() -> None:
     tower, selection = PositionTower(DIMS, (16,), BIASED, TASKS), selected(32, present=1.0)
-    layer = tower.net.layers[0]
+    weight, bias = tower.net.parameters()
     x_BD = torch.cat([vector_BD for vector_BD, _ in selection], dim=1)
-    hidden_BH = torch.relu(nn.functional.linear(x_BD, layer.weight[0].T, layer.bias[0, 0]))
+    hidden_BH = torch.relu(nn.functional.linear(x_BD, weight[0].T, bias[0, 0]))
     assert_close(tower(selection)[:, BIASED], tower.out(hidden_BH))  # torch.nn.functional
 
 
 def test_the_missing_vector_learns_only_from_rows_where_the_feature_is_missing() -> None:
-    net, selection = biased_model(), selected(64)
-    (_, present_B), missing = selection[0], net.position.missing[0]
+    (_, tower), selection = biased_model(), selected(64)
+    (_, present_B), missing = selection[0], tower.missing[0]
     missing_B = present_B == 0
     assert 0 < missing_B.sum() < 64
-    added_BT = net.position(selection)
+    added_BT = tower(selection)
     (of_present,) = torch.autograd.grad(added_BT[~missing_B].sum(), missing, retain_graph=True)
     assert (of_present == 0).all()  # exactly
     of_missing, of_vectors = torch.autograd.grad(added_BT[missing_B].sum(), [missing, selection[0][0]])
@@ -151,8 +150,7 @@ def test_the_missing_vector_learns_only_from_rows_where_the_feature_is_missing()
 
 
 def test_a_missing_selection_feature_reads_as_the_missing_vector_whatever_the_others_say() -> None:
-    tower = biased_model().position
-    selection = selected(8, present=0.0)
+    (_, tower), selection = biased_model(), selected(8, present=0.0)
     added_BT = tower(selection)
     as_vectors = [(missing.expand(8, -1), torch.ones(8)) for missing in tower.missing]
     assert torch.equal(added_BT, tower(as_vectors))  # the learnt vector put in by hand
