@@ -1,7 +1,9 @@
-"""Does retraining every night pay, and does the body matter? Our models and their peers on globo_rank, the same protocol for all.
+"""Does retraining every night pay, and does the body matter? Our models and their peers on globo_rank, the same
+protocol for all.
 
-In: the folder with day=2017-10-01/ and so on, and the peers' metrics (benchmarks.globo_peers --json). Out: docs/results.md. Each day is scored
-before it is trained on; `frozen` scores all days with the model of the day before the first. Differences are paired by seed and day.
+In: the folder with day=2017-10-01/ and so on, and the peers' metrics (benchmarks.globo_peers --json). Out:
+docs/results.md. Each day is scored before it is trained on; `frozen` scores all days with the model of the day before
+the first. Differences are paired by seed and day.
 
     python -m benchmarks.globo --data PATH --peers PEERS.json [--seeds 3] [--out docs/results.md]
 """
@@ -37,8 +39,12 @@ COLUMNS = {
 PAIRED = ("click@all", "has_next@all", "long_read@click")
 
 
-def run(body: str, seed: int, data: str, first: datetime.date, through: datetime.date) -> tuple[str, int, dict[str, Any]]:
-    """One model through all days, in this process; returns its metrics by day, those of the frozen model, and its parameters."""
+def run(
+    body: str, seed: int, data: str, first: datetime.date, through: datetime.date
+) -> tuple[str, int, dict[str, Any]]:
+    """One model through all days, in this process; returns its metrics by day, those of the frozen model, and its
+    parameters.
+    """
     import torch
 
     from cluster.nightly import open_checkpoints, pending, train
@@ -70,7 +76,9 @@ def gather(options: argparse.Namespace) -> tuple[Results, dict[str, int]]:
     """All bodies and seeds, a few processes side by side."""
     results: Results = {}
     parameters = {}
-    jobs = [(body, seed, options.data, options.first, options.through) for seed in range(options.seeds) for body in BODIES]
+    jobs = [
+        (body, seed, options.data, options.first, options.through) for seed in range(options.seeds) for body in BODIES
+    ]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.processes, mp_context=context) as pool:
         for body, seed, found in pool.map(run, *zip(*jobs, strict=True)):
@@ -101,7 +109,9 @@ def table(results: Results) -> list[str]:
 
 
 def paired(results: Results, base: str) -> list[str]:
-    """Each model's AUC minus the base's on the same day and seed: the mean, its standard error over the seeds, and wins."""
+    """Each model's AUC minus the base's on the same day and seed: the mean, its standard error over the seeds, and
+    wins.
+    """
     lines = ["| minus " + base + " | " + " | ".join(PAIRED) + " |", "|---|" + "---|" * len(PAIRED)]
     for model in [m for m in results if m != base]:
         cells = []
@@ -112,14 +122,19 @@ def paired(results: Results, base: str) -> list[str]:
                 continue
             difference = theirs - ours  # one seed of a peer without chance is set against every seed of ours
             error = difference.mean(axis=1).std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.nan
-            cells.append(f"{difference.mean():+.4f} ± {error:.4f} ({int((difference > 0).sum())} of {difference.size} higher)")
+            cells.append(
+                f"{difference.mean():+.4f} ± {error:.4f} ({int((difference > 0).sum())} of {difference.size} higher)"
+            )
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines
 
 
 def calibrations(results: Results, base: str) -> list[str]:
     days = list(next(iter(results[base].values())))
-    lines = ["| day | " + " | ".join(f"seed {seed}" for seed in results[base]) + " |", "|---|" + "---|" * len(results[base])]
+    lines = [
+        "| day | " + " | ".join(f"seed {seed}" for seed in results[base]) + " |",
+        "|---|" + "---|" * len(results[base]),
+    ]
     for day in days:
         cells = [f"{of[day]['click@all']['calibration']:.3f}" for of in results[base].values()]
         lines.append(f"| {day} | " + " | ".join(cells) + " |")
@@ -133,15 +148,17 @@ def page(results: Results, parameters: dict[str, int], options: argparse.Namespa
         [
             "# Results on real data",
             "",
-            "Written by `python -m benchmarks.globo`; do not edit by hand. The ranking view of the Globo.com click log (2.4 million rows in 12 days;",
-            "clicks, dwell and what follows are real, candidates that were not clicked are sampled), `configs/globo.yaml`. Every day is scored before",
-            f"it is trained on; means over {options.first} .. {options.through} and {options.seeds} seeds, ± the standard deviation over the seeds.",
+            "Written by `python -m benchmarks.globo`; do not edit by hand. The ranking view of the Globo.com click log",
+            "(2.4 million rows in 12 days; clicks, dwell and what follows are real, candidates that were not clicked are",
+            "sampled) and `configs/globo.yaml`. Every day is scored before it is trained on; means over",
+            f"{options.first} .. {options.through} and {options.seeds} seeds, ± the standard deviation over the seeds.",
             f"Dense parameters: {sizes}. `frozen` scores all days with the model of the day before the first.",
             "LightGBM sees the given columns, refitted every day on the five days before it.",
             "",
             *table(results),
             "",
-            "has_next is certain after a session's first click (the log keeps sessions of two clicks or more), which lifts has_next@click for all.",
+            "has_next is certain after a session's first click (the log keeps sessions of two clicks or more), which lifts",
+            "has_next@click for all.",
             "",
             "## Paired differences of AUC",
             "",

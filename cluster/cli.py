@@ -1,7 +1,7 @@
 """The command line: daybreak VERB CONFIG [options].
 
-Exit codes: 0 done, 2 bad input or configuration (said in words), 1 anything else. --json: one JSON object as the last line of stdout, and
-everything for people on stderr.
+Exit codes: 0 done, 2 bad input or configuration (said in words), 1 anything else. --json: one JSON object as the last
+line of stdout, and everything for people on stderr.
 """
 
 import datetime
@@ -30,13 +30,18 @@ app = typer.Typer(
 )
 
 Config = Annotated[str, typer.Argument(help="The model's YAML file.")]
-Set = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override a value of the configuration; may be repeated.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=C", help="Override a value of the configuration; may be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="One worker in this process, without Ray.")]
 
 
 @app.command()
-def doctor(paths: Annotated[list[str] | None, typer.Argument(help="Folders that must be writable.")] = None, as_json: Json = False) -> None:
+def doctor(
+    paths: Annotated[list[str] | None, typer.Argument(help="Folders that must be writable.")] = None,
+    as_json: Json = False,
+) -> None:
     """Check this machine: versions that fit each other, cores, memory, GPUs, writable paths."""
     from dataclasses import asdict
 
@@ -65,7 +70,9 @@ def simulate(
     from cluster.simulate import simulate as write
 
     write(out, days=days, start=_day(start, "--start"), users=users, items=items, rows_per_day=rows_per_day, seed=seed)
-    _console(as_json).print(f"{days} days of {rows_per_day:,} rows in {out}/logs, their law in {out}/truth", highlight=False)
+    _console(as_json).print(
+        f"{days} days of {rows_per_day:,} rows in {out}/logs, their law in {out}/truth", highlight=False
+    )
     _finish(as_json, {"logs": f"{out}/logs", "truth": f"{out}/truth", "days": days, "rows": days * rows_per_day})
 
 
@@ -90,7 +97,9 @@ def train(
         console.print(f"day {date} is trained already: {checkpoints.path}", highlight=False)
     elif committed and date < committed[-1]:
         raise UserError(
-            f"day {date} lies before the newest checkpoint", checkpoints.path, got=f"trained through {committed[-1]}",
+            f"day {date} lies before the newest checkpoint",
+            checkpoints.path,
+            got=f"trained through {committed[-1]}",
             do="days are trained in order: remove the later checkpoints to go back",
         )
     else:
@@ -104,7 +113,9 @@ def nightly(
     config: Config,
     first: Annotated[str | None, typer.Option("--from", help="The first day, YYYY-MM-DD.")] = None,
     through: Annotated[str | None, typer.Option(help="The last day, YYYY-MM-DD.")] = None,
-    truth: Annotated[str | None, typer.Option(help="A simulation's folder: also show the AUC that the true law reaches.")] = None,
+    truth: Annotated[
+        str | None, typer.Option(help="A simulation's folder: also show the AUC that the true law reaches.")
+    ] = None,
     sets: Set = [],  # noqa: B006
     no_ray: NoRay = False,
     as_json: Json = False,
@@ -115,7 +126,13 @@ def nightly(
 
     settings, console = _load(config, sets), _console(as_json)
     with Show(console) as show:
-        report = run(settings, first=_maybe_day(first, "--from"), through=_maybe_day(through, "--through"), use_ray=not no_ray, on_event=show.event)
+        report = run(
+            settings,
+            first=_maybe_day(first, "--from"),
+            through=_maybe_day(through, "--through"),
+            use_ray=not no_ray,
+            on_event=show.event,
+        )
     law = None
     if truth:
         from cluster.simulate import law_auc
@@ -143,7 +160,9 @@ def predict(
     settings, console = _load(config, sets), _console(as_json)
     with Show(console) as show:
         report = run(settings, _day(day, "--day"), out, use_ray=not no_ray, on_event=show.event)
-    console.print(f"{report['rows']:,} rows scored into {out} by the model of {report['trained_through']}", highlight=False)
+    console.print(
+        f"{report['rows']:,} rows scored into {out} by the model of {report['trained_through']}", highlight=False
+    )
     _finish(as_json, report)
 
 
@@ -257,11 +276,13 @@ def _print_states(console: Console, days: list[dict[str, Any]]) -> None:
 def _how_to_open(uri: str) -> str:
     if not uri.startswith("sqlite:"):
         return f"MLflow: {uri}"
-    artifacts = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
+    mlflow = Path(sys.executable).with_name("mlflow")
+    here = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
     return (
-        "see every day in MLflow:\n"
-        f"  MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --backend-store-uri {uri} "
-        f"--artifacts-destination {artifacts}\n  then open http://127.0.0.1:5000"
+        "every day is a run in MLflow; to see them:\n"
+        "  MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \\\n"
+        f"  {here} server --backend-store-uri {uri} --host 127.0.0.1 --port 5000 --workers 1\n"
+        "and open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
     )
 
 

@@ -36,9 +36,13 @@ def _version(package: str) -> str | None:
 
 def _versions() -> list[Finding]:
     major, minor, _ = platform.python_version_tuple()
-    findings = [Finding("python", platform.python_version(), (int(major), int(minor)) >= (3, 11), "use Python 3.11 or newer")]
+    findings = [
+        Finding("python", platform.python_version(), (int(major), int(minor)) >= (3, 11), "use Python 3.11 or newer")
+    ]
     torch = _version("torch")
-    findings.append(Finding("torch", torch or "missing", torch is not None, "pip install 'daybreak[cpu]' or 'daybreak[gpu]'"))
+    findings.append(
+        Finding("torch", torch or "missing", torch is not None, "pip install 'daybreak[cpu]' or 'daybreak[gpu]'")
+    )
     fbgemm = next((v for v in map(_version, _FBGEMM_PACKAGES) if v), None)
     fits = FBGEMM_OF_TORCH.get(".".join((torch or "").split(".")[:2]))
     good = bool(fbgemm and fits and fbgemm.startswith(f"{fits}."))
@@ -59,7 +63,12 @@ def _machine() -> list[Finding]:
     return [
         Finding("cores", str(os.cpu_count())),
         Finding("memory", f"{memory:.1f} GiB", memory >= 4, "at least 4 GiB are needed for two workers"),
-        Finding("shared memory", f"{shared:.1f} GiB free", shared >= 0.5, "Ray keeps objects in /dev/shm: give it 0.5 GiB or more"),
+        Finding(
+            "shared memory",
+            f"{shared:.1f} GiB free",
+            shared >= 0.5,
+            "Ray keeps objects in /dev/shm: give it 0.5 GiB or more",
+        ),
         Finding("gpus", ", ".join(gpus) or "none: the CPU kernels are used"),
     ]
 

@@ -6,7 +6,8 @@
     log the day to MLflow, judge, promote or hold <-  event: committed
     write the decision down
 
-A day is trained when its manifest is there, and done when its decision is there: a night that was killed anywhere goes on from that.
+A day is trained when its manifest is there, and done when its decision is there: a night that was killed anywhere goes
+on from that.
 """
 
 import datetime
@@ -39,7 +40,9 @@ def nightly(
     use_ray: bool = True,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """Do every day that is not done. Returns {"model", "days": [...]}: one entry a committed day of the range, in order."""
+    """Do every day that is not done. Returns {"model", "days": [...]}: one entry a committed day of the range, in
+    order.
+    """
     checkpoints = open_checkpoints(config)
     plans = pending(config, open_logs(config), checkpoints, first, through)
     morning = Morning(config, checkpoints)
@@ -65,7 +68,9 @@ def open_checkpoints(config: Config) -> Checkpoints:
 def pending(
     config: Config, logs: Logs, checkpoints: Checkpoints, first: datetime.date | None, through: datetime.date | None
 ) -> list[DayPlan]:
-    """The days to train on: after the newest committed one, within first .. through. Their footers are read and checked here."""
+    """The days to train on: after the newest committed one, within first .. through. Their footers are read and
+    checked here.
+    """
     committed, present = checkpoints.days(), logs.days()
     start = max([d for d in (first, committed[-1] + _ONE_DAY if committed else present[0]) if d])
     end = through or present[-1]
@@ -153,7 +158,9 @@ class Morning:
         addresses = gate.addresses or tuple(self._first_address(report))
         decision = judge(report["metrics"], champion.report["metrics"] if champion else None, addresses, gate.tolerance)
         run_id = self._log(checkpoint, decision)
-        version = self._tracking.register(run_id, tags={"day": report["day"], "checkpoint": checkpoint.id, "state": decision.state})
+        version = self._tracking.register(
+            run_id, tags={"day": report["day"], "checkpoint": checkpoint.id, "state": decision.state}
+        )
         if decision.state == "promoted":
             self._tracking.set_alias("champion", version)
         record = {"state": decision.state, "reason": decision.reason, "run_id": run_id, "version": version}
@@ -175,13 +182,24 @@ class Morning:
 
     def _log(self, checkpoint: Checkpoint, decision: Decision) -> str:
         report = checkpoint.report
-        metrics = {k.replace(".", "/"): v for k, v in flatten(report).items() if isinstance(v, int | float) and k != "day"}
-        history = [(str(d), flatten_metrics(self._checkpoints.open(d).report)) for d in self._checkpoints.days() if d <= checkpoint.day]
+        metrics = {
+            k.replace(".", "/"): v for k, v in flatten(report).items() if isinstance(v, int | float) and k != "day"
+        }
+        history = [
+            (str(d), flatten_metrics(self._checkpoints.open(d).report))
+            for d in self._checkpoints.days()
+            if d <= checkpoint.day
+        ]
         return self._tracking.log_day(
             report["day"],
             params=flatten(as_dict(self._config)),
             metrics=metrics,
-            tags={"checkpoint": checkpoint.id, "state": decision.state, "reason": decision.reason, "folder": checkpoint.folder},
+            tags={
+                "checkpoint": checkpoint.id,
+                "state": decision.state,
+                "reason": decision.reason,
+                "folder": checkpoint.folder,
+            },
             files={
                 "checkpoint/manifest.json": json.dumps(checkpoint.manifest, indent=1).encode(),
                 "days.png": days_picture(history, title=self._config.name),
@@ -191,7 +209,9 @@ class Morning:
 
 def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:
     """A report's defined metrics as {"click@all/auc": value}."""
-    return {f"{a}/{name}": value for a, of in report["metrics"].items() for name, value in of.items() if value is not None}
+    return {
+        f"{a}/{name}": value for a, of in report["metrics"].items() for name, value in of.items() if value is not None
+    }
 
 
 def day_entry(checkpoints: Checkpoints, day: datetime.date, trained: bool) -> dict[str, Any]:
@@ -199,4 +219,8 @@ def day_entry(checkpoints: Checkpoints, day: datetime.date, trained: bool) -> di
     report = checkpoints.open(day).report
     decision = checkpoints.decision(day) or {"state": "undecided", "reason": "not logged and judged yet"}
     wanted = ("day", "rows", "seconds", "samples_per_s", "workers", "memory_bytes", "metrics", "losses", "nulls", "ids")
-    return {key: report[key] for key in wanted} | {"state": decision["state"], "reason": decision["reason"], "trained": trained}
+    return {key: report[key] for key in wanted} | {
+        "state": decision["state"],
+        "reason": decision["reason"],
+        "trained": trained,
+    }

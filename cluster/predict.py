@@ -23,7 +23,9 @@ from trainer.workers import Event, Worker
 def predict(
     config: Config, day: datetime.date, out: str, *, use_ray: bool = True, on_event: Callable[[Event], None]
 ) -> dict[str, Any]:
-    """Score a day into out/. The model is the newest promoted one from before the day, or the newest promoted one at all."""
+    """Score a day into out/. The model is the newest promoted one from before the day, or the newest promoted one at
+    all.
+    """
     checkpoints = open_checkpoints(config)
     morning = Morning(config, checkpoints)
     checkpoint = morning.champion(before=day) or morning.champion()
@@ -58,7 +60,9 @@ def _measure(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Check
     learner = build(config, worker.exchange, worker.device)
     open_checkpoints(config).load(learner, checkpoint)
     tell = teller(worker, plan)
-    return score_day(learner, open_logs(config), plan, config.train.batch_size, config.data.lanes, config.data.gauc, tell)
+    return score_day(
+        learner, open_logs(config), plan, config.train.batch_size, config.data.lanes, config.data.gauc, tell
+    )
 
 
 def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpoint, out: str) -> int:
@@ -69,15 +73,25 @@ def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpo
     powers = config.fusion.powers or dict.fromkeys(list(graph.addresses)[:1], 1.0)
     for address in powers:
         if address not in graph.addresses:
-            raise UserError(f"no prediction has the address '{address}'", "fusion.powers", do=nearest(address, graph.addresses))
+            raise UserError(
+                f"no prediction has the address '{address}'", "fusion.powers", do=nearest(address, graph.addresses)
+            )
     open_checkpoints(config).load(learner, checkpoint)
     reader = logs.read(
-        plan, batch_size=config.train.batch_size, lanes=config.data.lanes, rank=exchange.rank, num_workers=exchange.num_workers
+        plan,
+        batch_size=config.train.batch_size,
+        lanes=config.data.lanes,
+        rank=exchange.rank,
+        num_workers=exchange.num_workers,
     )
     with PredictionFile(out, exchange.rank, exchange.num_workers) as file:
         for batch in agreed(exchange, reader):
             predictions = graph.predictions(score_step(learner, batch))
-            columns = {a: graph.tasks[a.split("@")[0]].to_label(p) for a, p in predictions.items() if graph.addresses[a] == "regression"}
+            columns = {
+                a: graph.tasks[a.split("@")[0]].to_label(p)
+                for a, p in predictions.items()
+                if graph.addresses[a] == "regression"
+            }
             log_score = sum(power * predictions[address].clamp(min=1e-30).log() for address, power in powers.items())
             file.write(batch.keys, predictions | columns | {"score": torch.as_tensor(log_score).exp()})
     return int(exchange.all_reduce(torch.tensor([file.num_rows])).item())

@@ -1,7 +1,7 @@
 """The gate and the promotion: which day's model serves.
 
-A candidate is judged by what is known of it in the morning: how yesterday's model of the same chain scored the new day. A rejected
-candidate is a value, not an exception.
+A candidate is judged by what is known of it in the morning: how yesterday's model of the same chain scored the new day.
+A rejected candidate is a value, not an exception.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ def judge(
 ) -> Decision:
     """Promote unless the AUC at one of the addresses is undefined or below the champion's by more than tolerance.
 
-    candidate, champion: metrics by address, of the day on which each was made, None where undefined. champion None: there is none yet.
+    candidate, champion: metrics by address, of the day on which each was made, None where undefined. champion None:
+    there is none yet.
     """
     if champion is None:
         return Decision("promoted", "the first model")
@@ -34,5 +35,7 @@ def judge(
         if now is None:
             return Decision("held", f"{address}: AUC is undefined")
         if before is not None and now < before - tolerance:
-            return Decision("held", f"{address}: AUC {now:.4f} is below the champion's {before:.4f} by more than {tolerance}")
+            return Decision(
+                "held", f"{address}: AUC {now:.4f} is below the champion's {before:.4f} by more than {tolerance}"
+            )
     return Decision("promoted", f"not worse than the champion by more than {tolerance}")

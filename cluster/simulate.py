@@ -183,7 +183,9 @@ def _check(name: str, value: int, at_least: int) -> None:
 
 
 def _mix(words: Words) -> Words:
-    """Finalizer of splitmix64, a bijection. Source: Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195."""
+    """Finalizer of splitmix64, a bijection. Source: Steele, Lea and Flood 2014,
+    https://doi.org/10.1145/2660193.2660195.
+    """
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -12,11 +12,19 @@ from trainer.workers import Event
 
 
 class Show:
-    """Progress on a terminal as a bar, elsewhere as one plain line a day. Use in a with block and hand its `event` to the night."""
+    """Progress on a terminal as a bar, elsewhere as one plain line a day. Use in a with block and hand its `event`
+    to the night.
+    """
 
     def __init__(self, console: Console):
         self._console = console
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows"),
+            TimeElapsedColumn(),
+        )
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
 
@@ -49,7 +57,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def days_table(days: Sequence[Mapping[str, Any]], law: Mapping[str, Mapping[str, float]] | None = None) -> Table:
-    """One line a day: AUC and calibration of each binary prediction, MSE of each regression. law: by day, the AUC of the true law."""
+    """One line a day: AUC and calibration of each binary prediction, MSE of each regression. law: by day, the AUC of
+    the true law.
+    """
     table = Table(title="each day scored by the model of the day before", title_justify="left", header_style="bold")
     for heading in ("day", "state", "rows", "rows/s"):
         table.add_column(heading, justify="left" if heading in ("day", "state") else "right")
@@ -87,5 +97,7 @@ def findings_table(findings: Iterable[Finding]) -> Table:
     table = Table(box=None, show_header=False)
     mark = {True: "[green]ok[/]", False: "[red]no[/]", None: ""}
     for finding in findings:
-        table.add_row(mark[finding.good], finding.name, finding.found, "" if finding.good is not False else f"-> {finding.do}")
+        table.add_row(
+            mark[finding.good], finding.name, finding.found, "" if finding.good is not False else f"-> {finding.do}"
+        )
     return table

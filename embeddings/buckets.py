@@ -1,8 +1,9 @@
 """id -> key -> bucket -> shard: the one place that says who owns an id.
 
-A key is the id after hash64, a bijection on 64 bits: nothing collides and the id can be had back. A bucket is the top bits of the key,
-and a shard owns a contiguous range of buckets, so one sort of a batch's keys dedupes, groups by bucket and groups by shard at once.
-NUM_BUCKETS is fixed for the life of a model; the number of shards may change from night to night.
+A key is the id after hash64, a bijection on 64 bits: nothing collides and the id can be had back. A bucket is the top
+bits of the key, and a shard owns a contiguous range of buckets, so one sort of a batch's keys dedupes, groups by bucket
+and groups by shard at once. NUM_BUCKETS is fixed for the life of a model; the number of shards may change from night to
+night.
 
 Source: the finaliser is splitmix64's (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
 """

@@ -1,13 +1,13 @@
 """ShardedEmbeddings: pull the distinct rows of a batch, push their gradients back.
 
-    ids of the features -> dedupe per table -> keys, sorted = grouped by owner -> all-to-all -> owner: rows of keys, lookup
-                        <- rows_UD, a leaf that autograd sees                 <- all-to-all <-
-    rows_UD.grad        -> the same way out -> owner: sum what several workers sent for one row, one optimizer step a row
+    pull: ids -> dedupe per table -> keys, sorted = grouped by owner -> all-to-all -> owner: rows of keys, lookup
+          rows_UD, a leaf that autograd sees                         <- all-to-all <-
+    push: rows_UD.grad -> the same way out -> owner: sum what several workers sent for a row, one optimizer step a row
 
 No collective hides inside autograd: pull and push are plain calls, once a step each.
 
-Shape letters: B rows of the batch, N ids of one feature, U distinct ids of all tables of one width, D floats a row, T tables of that
-width, W workers, V keys that an owner received (from all workers, repeats included).
+Shape letters: B rows of the batch, N ids of one feature, U distinct ids of all tables of one width, D floats a row, T
+tables of that width, W workers, V keys that an owner received (from all workers, repeats included).
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,9 @@ class _Route:
 
 @dataclass
 class Pulled:
-    """The distinct rows of a batch. rows_UD: by width, leaves that collect gradients. index_N: each feature's ids as places in them."""
+    """The distinct rows of a batch. rows_UD: by width, leaves that collect gradients. index_N: each feature's ids as
+    places in them.
+    """
 
     rows_UD: dict[int, Tensor]
     index_N: dict[str, Tensor]
@@ -96,7 +98,9 @@ class ShardedEmbeddings:
         received_WT = self.exchange.all_to_all(sent_WT.flatten(), each, each).view(workers, len(tables))
         sizes = _sizes(sent_WT, received_WT)
         arrived_V = self.exchange.all_to_all(_by_worker(torch.cat(keys), sent_WT), *sizes)
-        owned_rows, owned_of_V = self._rows_of(tables, _by_table(arrived_V, received_WT), received_WT.sum(0).tolist(), insert)
+        owned_rows, owned_of_V = self._rows_of(
+            tables, _by_table(arrived_V, received_WT), received_WT.sum(0).tolist(), insert
+        )
         rows_VD = self.shard.pools[dim].lookup(owned_rows)[owned_of_V]
         rows_UD = self.exchange.all_to_all(_by_worker(rows_VD, received_WT), *reversed(sizes))
         return _by_table(rows_UD, sent_WT), _Route(sent_WT, received_WT, owned_rows, owned_of_V)
@@ -120,7 +124,9 @@ def _sizes(sent_WT: Tensor, received_WT: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _by_worker(by_table: Tensor, sizes_WT: Tensor) -> Tensor:
-    """Reorder parts that lie table by table, within each worker by worker, to worker by worker, within each table by table."""
+    """Reorder parts that lie table by table, within each worker by worker, to worker by worker, within each table by
+    table.
+    """
     return _transpose(by_table, sizes_WT.T)
 
 

@@ -18,7 +18,9 @@ class Exchange(Protocol):
     num_workers: int
 
     def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
-        """Send send[0:s0] to worker 0, the next s1 to worker 1 ...; returns what the others sent here, worker 0's part first."""
+        """Send send[0:s0] to worker 0, the next s1 to worker 1 ...; returns what the others sent here, worker 0's
+        part first.
+        """
         ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """key -> row: an open-addressing hash map over tensors, exact for every 64-bit key.
 
-Keys arrive mixed (buckets.hash64), so their low bits are the slot and linear probing stays short at a load of at most one half.
-A slot is free when its row is negative: no key value is reserved. All operations are vectorised over a batch of distinct keys:
-each round settles the keys whose slot decides, and only the rest goes on to the next slot.
+Keys arrive mixed (buckets.hash64), so their low bits are the slot and linear probing stays short at a load of at most
+one half. A slot is free when its row is negative: no key value is reserved. All operations are vectorised over a batch
+of distinct keys: each round settles the keys whose slot decides, and only the rest goes on to the next slot.
 """
 
 import torch

@@ -12,7 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Jagged:
-    """Row b holds values_N[offsets[b]:offsets[b + 1]]; offsets has B + 1 entries, begins with 0 and ends with N. Both int64."""
+    """Row b holds values_N[offsets[b]:offsets[b + 1]]; offsets has B + 1 entries, begins with 0 and ends with N.
+    Both int64.
+    """
 
     values_N: Tensor
     offsets: Tensor

@@ -1,7 +1,8 @@
 """The rows themselves: FBGEMM's table-batched kernels, and a plain-torch twin that keeps the same contract.
 
-This is the only file that imports fbgemm_gpu. Row optimizers live beside the kernel (optim.py): what arrives here is the finished
-step of each row, applied by the kernel's fastest update, plain SGD with learning rate 1, on CPU and CUDA alike.
+This is the only file that imports fbgemm_gpu. Row optimizers live beside the kernel (optim.py): what arrives here is
+the finished step of each row, applied by the kernel's fastest update, plain SGD with learning rate 1, on CPU and CUDA
+alike.
 
 Shape letters: U distinct rows, D floats a row, R rows of the kernel.
 """

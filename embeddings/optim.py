@@ -12,7 +12,8 @@ from torch import Tensor
 class RowwiseAdagrad:
     """Adagrad with one accumulator a row: s += mean(g^2); step = lr * g / (sqrt(s) + eps).
 
-    Source: Gupta, Bengio, Weston: Training highly multiclass classifiers, JMLR 2014, section 3.1; FBGEMM's EXACT_ROWWISE_ADAGRAD.
+    Source: Gupta, Bengio, Weston: Training highly multiclass classifiers, JMLR 2014, section 3.1; FBGEMM's
+    EXACT_ROWWISE_ADAGRAD.
     """
 
     lr: float = 0.05

@@ -1,4 +1,5 @@
-"""All rows of one width on one worker: the kernel's weights, the optimizer's state beside them, and which rows are taken.
+"""All rows of one width on one worker: the kernel's weights, the optimizer's state beside them, and which rows are
+taken.
 
 Tables of equal dim share a pool, so that a step makes one kernel call a width, not one a table.
 Shape letters: U distinct rows, D floats a row.
@@ -14,7 +15,9 @@ from embeddings.optim import RowwiseAdagrad
 
 
 class RowPool:
-    """Rows 0 .. num_rows - 1 are taken; the pool doubles when they do not suffice. kernel: makes a RowKernel from rows, dim and device."""
+    """Rows 0 .. num_rows - 1 are taken; the pool doubles when they do not suffice. kernel: makes a RowKernel from
+    rows, dim and device.
+    """
 
     def __init__(
         self,

@@ -10,7 +10,9 @@ from embeddings.client import Pulled
 
 
 def pool(pulled: Pulled, feature: str, dim: int, *, mean: bool, keep_B: Tensor | None = None) -> Tensor:
-    """The sum (or mean) of the feature's rows: [B, D], zeros for an empty list. keep_B: rows (0/1) whose ids count at all."""
+    """The sum (or mean) of the feature's rows: [B, D], zeros for an empty list. keep_B: rows (0/1) whose ids count
+    at all.
+    """
     offsets = pulled.offsets[feature]
     lengths_B = offsets[1:] - offsets[:-1]
     weight_B = torch.ones_like(lengths_B, dtype=torch.float32) if keep_B is None else keep_B

@@ -16,7 +16,9 @@ from embeddings.optim import RowwiseAdagrad
 from embeddings.pool import RowPool
 from embeddings.table import TableConfig
 
-_HEADROOM = 1.25  # shards are not exactly equal: without it, a table at its stated capacity would double on some of them
+_HEADROOM = (
+    1.25  # shards are not exactly equal: without it, a table at its stated capacity would double on some of them
+)
 
 
 @dataclass
@@ -65,7 +67,9 @@ class Shard:
         num_missing = int(missing.sum())
         if num_missing and insert:
             keys = keys_U[missing]
-            rows_U[missing] = self.add(table, keys, self._first_weight(table, keys), torch.zeros(num_missing, device=keys.device))
+            rows_U[missing] = self.add(
+                table, keys, self._first_weight(table, keys), torch.zeros(num_missing, device=keys.device)
+            )
             self.counts[table].new += num_missing
         elif num_missing:
             self.counts[table].unknown += num_missing

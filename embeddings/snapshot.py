@@ -1,7 +1,8 @@
 """Rows to and from files: Parquet that pandas, DuckDB and Polars read as they are.
 
-One file a table and shard: columns id (int64), weight (list of dim floats), and the optimizer's state under its name, sorted by bucket.
-A file covers the buckets of the shard that wrote it, so a run with another number of workers opens only the files that overlap its own.
+One file a table and shard: columns id (int64), weight (list of dim floats), and the optimizer's state under its name,
+sorted by bucket. A file covers the buckets of the shard that wrote it, so a run with another number of workers opens
+only the files that overlap its own.
 """
 
 from collections.abc import Iterable
@@ -51,7 +52,11 @@ def load_table(
 def overlapping(rank: int, num_shards: int, saved_shards: int) -> list[int]:
     """The saved shards whose buckets this shard needs."""
     first, end = first_bucket(rank, num_shards), first_bucket(rank + 1, num_shards)
-    return [s for s in range(saved_shards) if first_bucket(s, saved_shards) < end and first_bucket(s + 1, saved_shards) > first]
+    return [
+        s
+        for s in range(saved_shards)
+        if first_bucket(s, saved_shards) < end and first_bucket(s + 1, saved_shards) > first
+    ]
 
 
 def _tensor(column: pa.ChunkedArray) -> torch.Tensor:

@@ -17,7 +17,9 @@ def run(num_workers: int, function: Callable[..., Any], *args: Any) -> list[Any]
     function: a module-level function of a test module. Its exception is raised here with the worker's traceback.
     """
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "embeddings.kernels"])  # imported once
+    context.set_forkserver_preload(
+        ["torch.distributed", "torch.multiprocessing", "embeddings.kernels"]
+    )  # imported once
     results = context.SimpleQueue()
     with tempfile.NamedTemporaryFile() as store:
         store_path = f"file://{store.name}-group"
@@ -42,7 +44,9 @@ def run(num_workers: int, function: Callable[..., Any], *args: Any) -> list[Any]
     return [outcomes[rank][0] for rank in range(num_workers)]
 
 
-def _enter(rank: int, num_workers: int, store: str, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def _enter(
+    rank: int, num_workers: int, store: str, function: Callable[..., Any], args: tuple[Any, ...], results: Any
+) -> None:
     from embeddings.exchange import CollectiveExchange
 
     torch.set_num_threads(1)

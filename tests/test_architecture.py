@@ -8,11 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["embeddings", "trainer", "cluster"]
 
-# Reading order is import order. A file may import those before it, in its own package, and anything of the packages on the left.
+# Reading order is import order. A file may import those before it, in its own package, and anything of the packages on
+# the left.
 ORDER = {
     "embeddings": "table jagged buckets idmap kernels optim pool shard exchange client pooling snapshot",
-    "trainer": "errors config data draws numbers bodies heads features model losses learner step metrics agree checkpoint "
-    "predictions pictures tracking day workers",
+    "trainer": "errors config data draws numbers bodies heads features model losses learner step metrics agree "
+    "checkpoint predictions pictures tracking day workers",
     "cluster": "simulate registry nightly predict doctor tables cli",
 }
 
@@ -72,7 +73,9 @@ def test_a_file_imports_only_what_stands_before_it(path: Path) -> None:
     assert mine is not None
     for module in imports(path):
         theirs = place(module)
-        assert theirs is None or theirs < mine or module_of(path).startswith(module + "."), f"{path} must not import {module}"
+        assert theirs is None or theirs < mine or module_of(path).startswith(module + "."), (
+            f"{path} must not import {module}"
+        )
 
 
 @pytest.mark.parametrize("path", files(), ids=module_of)
@@ -86,7 +89,9 @@ def test_each_giant_is_imported_through_its_one_door(path: Path) -> None:
 
 def test_every_file_has_its_place_in_the_reading_order() -> None:
     for package in PACKAGES:
-        stems = {path.stem for path in (ROOT / package).glob("*.py")} | {p.name for p in (ROOT / package).iterdir() if p.is_dir()}
+        stems = {path.stem for path in (ROOT / package).glob("*.py")} | {
+            p.name for p in (ROOT / package).iterdir() if p.is_dir()
+        }
         assert stems - {"__init__", "__pycache__"} == set(ORDER[package].split())
 
 

@@ -1,4 +1,6 @@
-"""All workers go on, or all stop: what one worker found wrong ends the work everywhere, and nobody waits in a collective for ever."""
+"""All workers go on, or all stop: what one worker found wrong ends the work everywhere, and nobody waits in a
+collective for ever.
+"""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ Item = TypeVar("Item")
 
 
 def gather_json(exchange: Exchange, value: Any) -> list[Any]:
-    """On worker 0 every worker's value (anything that JSON holds), in worker order; elsewhere an empty list. Collective."""
+    """On worker 0 every worker's value (anything that JSON holds), in worker order; elsewhere an empty list.
+    Collective.
+    """
     encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     return [json.loads(bytes(part.tolist())) for part in exchange.gather(encoded)]
 
@@ -28,7 +32,9 @@ def agree(exchange: Exchange, error: UserError | None) -> None:
 
 
 def agreed(exchange: Exchange, items: Iterator[Item]) -> Iterator[Item]:
-    """The items of an iterator that is equally long on every worker; an error in one worker's iterator is raised on all."""
+    """The items of an iterator that is equally long on every worker; an error in one worker's iterator is raised on
+    all.
+    """
     while True:
         item, error = None, None
         try:

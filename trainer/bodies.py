@@ -1,7 +1,7 @@
 """Bodies: how tasks share. From the features of a row to one input a task's tower.
 
-Each takes (input_dim, num_tasks, **its settings) and maps x_BI to h_TBH. To add one: a class here, a line in BODIES, a test.
-Shape letters: B rows, I input width, E experts, H expert width, T tasks, G gates.
+Each takes (input_dim, num_tasks, **its settings) and maps x_BI to h_TBH. To add one: a class here, a line in BODIES, a
+test. Shape letters: B rows, I input width, E experts, H expert width, T tasks, G gates.
 """
 
 import math
@@ -13,7 +13,9 @@ from trainer.draws import Draws
 
 
 class StackedLinear(nn.Module):
-    """num linear layers side by side, each initialised like nn.Linear: x [num or 1, B, in] -> [num, B, out] in one product."""
+    """num linear layers side by side, each initialised like nn.Linear: x [num or 1, B, in] -> [num, B, out] in one
+    product.
+    """
 
     def __init__(self, num: int, input_dim: int, output_dim: int):
         super().__init__()
@@ -30,7 +32,9 @@ class StackedLinear(nn.Module):
 
 
 class StackedMlp(nn.Module):
-    """num ReLU networks side by side: x [num or 1, B, in] -> [num, B, layers[-1]], or x itself when there are no layers."""
+    """num ReLU networks side by side: x [num or 1, B, in] -> [num, B, layers[-1]], or x itself when there are no
+    layers.
+    """
 
     def __init__(self, num: int, input_dim: int, layers: tuple[int, ...]):
         super().__init__()
@@ -45,7 +49,9 @@ class StackedMlp(nn.Module):
 
 
 class Body(nn.Module):
-    """What every body is: built from (input_dim, num_tasks, **settings), called with (x_BI, draws) for h_TBH of width output_dim."""
+    """What every body is: built from (input_dim, num_tasks, **settings), called with (x_BI, draws) for h_TBH of
+    width output_dim.
+    """
 
     output_dim: int
 
@@ -66,9 +72,9 @@ class SharedBottom(Body):
 class MultiGateExperts(Body):
     """MMoE: shared experts, one softmax gate a task, linear and without bias.
 
-    gate_dropout: in training, the chance that a row does without an expert; the gate is renormalised over the rest, and a row that lost all
-    keeps all. Source: Ma et al.: Modeling task relationships in multi-task learning with MMoE, KDD 2018, eq. 5-7; the dropout: Zhao et
-    al.: Recommending what video to watch next, RecSys 2019, section 5.2.
+    gate_dropout: in training, the chance that a row does without an expert; the gate is renormalised over the rest, and
+    a row that lost all keeps all. Source: Ma et al.: Modeling task relationships in multi-task learning with MMoE, KDD
+    2018, eq. 5-7; the dropout: Zhao et al.: Recommending what video to watch next, RecSys 2019, section 5.2.
     """
 
     def __init__(
@@ -118,7 +124,12 @@ class OneGateExperts(MultiGateExperts):
         gate_dropout: float = 0.0,
     ):
         super().__init__(
-            input_dim, num_tasks, num_experts=num_experts, expert_layers=expert_layers, gate_dropout=gate_dropout, num_gates=1
+            input_dim,
+            num_tasks,
+            num_experts=num_experts,
+            expert_layers=expert_layers,
+            gate_dropout=gate_dropout,
+            num_gates=1,
         )
 
 

@@ -1,12 +1,13 @@
 """A day's model on disk: shard files, then the manifest. What has no manifest does not exist.
 
-    <path>/<model>/day=2026-11-20/manifest.json                                    written last: the commit
-    <path>/<model>/day=2026-11-20/decision.json                                    promoted or held, and why
-    <path>/<model>/day=2026-11-20/<attempt>/rows/<table>/00000-of-00002.parquet    one a table and shard
-    <path>/<model>/day=2026-11-20/<attempt>/dense.safetensors                      dense net, its optimizer, running statistics
+    <path>/<model>/day=2026-11-20/manifest.json                                  written last: the commit
+    <path>/<model>/day=2026-11-20/decision.json                                  promoted or held, and why
+    <path>/<model>/day=2026-11-20/<attempt>/rows/<table>/00000-of-00002.parquet  one a table and shard
+    <path>/<model>/day=2026-11-20/<attempt>/dense.safetensors                    dense net, optimizer, statistics
 
-Every attempt writes into a folder of its own, so one that was killed is never mixed with the next. Every file's size and SHA-256 stand in
-the manifest and are checked when it is read. Nothing read here can run code: Parquet, safetensors, JSON.
+Every attempt writes into a folder of its own, so one that was killed is never mixed with the next. Every file's size
+and SHA-256 stand in the manifest and are checked when it is read. Nothing read here can run code: Parquet, safetensors,
+JSON.
 """
 
 import datetime
@@ -67,7 +68,9 @@ class Checkpoints:
     def days(self) -> list[datetime.date]:
         """The committed days, in order."""
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
-        names = sorted(info.base_name for info in self._filesystem.get_file_info(selector) if info.base_name.startswith(_DAY))
+        names = sorted(
+            info.base_name for info in self._filesystem.get_file_info(selector) if info.base_name.startswith(_DAY)
+        )
         days = [parse_day(name.removeprefix(_DAY), f"{self.path}/{name}") for name in names]
         return [day for day in days if self._exists(f"{self._folder(day)}/manifest.json")]
 
@@ -77,12 +80,17 @@ class Checkpoints:
         try:
             manifest = json.loads(self._read(path))
         except (ValueError, OSError) as error:
-            raise UserError("the checkpoint's manifest cannot be read", path, got=str(error), do=_retrain(day)) from None
+            raise UserError(
+                "the checkpoint's manifest cannot be read", path, got=str(error), do=_retrain(day)
+            ) from None
         if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
             got, expected = "a text with another SHA-256", "the text that was written"
             raise UserError("the checkpoint's manifest is damaged", path, got=got, expected=expected, do=_retrain(day))
         if manifest["format"] != FORMAT or manifest["num_buckets"] != NUM_BUCKETS:
-            got, expected = f"format {manifest['format']}, {manifest['num_buckets']} buckets", f"format {FORMAT}, {NUM_BUCKETS} buckets"
+            got, expected = (
+                f"format {manifest['format']}, {manifest['num_buckets']} buckets",
+                f"format {FORMAT}, {NUM_BUCKETS} buckets",
+            )
             do = "use the version of the program that wrote it, or train under a new name"
             raise UserError("a checkpoint of another version", path, got=got, expected=expected, do=do)
         return Checkpoint(day, self._folder(day), manifest)
@@ -106,7 +114,9 @@ class Checkpoints:
         self._write_whole(f"{self._folder(day)}/decision.json", json.dumps(decision, indent=1).encode())
 
     def save(self, learner: Learner, day: datetime.date, report: dict[str, Any]) -> None:
-        """Write a day and commit it. Collective; when a worker fails to write its part, all raise and nothing is committed."""
+        """Write a day and commit it. Collective; when a worker fails to write its part, all raise and nothing is
+        committed.
+        """
         exchange = learner.exchange
         attempt = self._attempt(learner)
         folder = f"{self._folder(day)}/{attempt}"
@@ -187,7 +197,10 @@ class Checkpoints:
             if known["dim"] != table.dim:
                 got, expected = f"dim {table.dim}", f"dim {known['dim']}"
                 raise UserError("the table's width changed", f"tables.{name}", got=got, expected=expected, do=_UNDO)
-            parts = [f"rows/{name}/{s:05d}-of-{saved:05d}.parquet" for s in overlapping(exchange.rank, exchange.num_workers, saved)]
+            parts = [
+                f"rows/{name}/{s:05d}-of-{saved:05d}.parquet"
+                for s in overlapping(exchange.rank, exchange.num_workers, saved)
+            ]
             paths = [self._verified(checkpoint, part) for part in parts]
             load_table(shard, name, self._filesystem, paths, exchange.rank, exchange.num_workers)
         path = self._verified(checkpoint, "dense.safetensors")
@@ -247,7 +260,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _retrain(day: datetime.date) -> str:
-    return f"restore the file from a copy, or remove the folder {_DAY}{day} and run again: the day is trained anew from the one before"
+    return f"restore the file from a copy, or remove the folder {_DAY}{day} and run again: the day is trained anew"
 
 
 def _dense_state(learner: Learner) -> dict[str, Tensor]:
@@ -270,12 +283,20 @@ def _load_dense_state(learner: Learner, state: dict[str, Tensor], where: str) ->
     theirs = {name: tuple(value.shape) for name, value in parts["model"].items()}
     if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
         got, expected = (f"{differing[0]} {_shape(shapes.get(differing[0]))}" for shapes in (mine, theirs))
-        raise UserError("the dense net of the configuration is not the one that was trained", where, got=got, expected=expected, do=_UNDO)
+        raise UserError(
+            "the dense net of the configuration is not the one that was trained",
+            where,
+            got=got,
+            expected=expected,
+            do=_UNDO,
+        )
     learner.model.load_state_dict(parts["model"])
     learner.averaged.load_state_dict(parts["averaged"])
     for name, parameter in learner.model.named_parameters():
         of_parameter = {k.rpartition("/")[2]: v for k, v in parts["optimizer"].items() if k.rpartition("/")[0] == name}
-        learner.optimizer.state[parameter] = {k: v.to(v.device if k == "step" else learner.device) for k, v in of_parameter.items()}
+        learner.optimizer.state[parameter] = {
+            k: v.to(v.device if k == "step" else learner.device) for k, v in of_parameter.items()
+        }
     learner.stats.load({name: value.to(learner.device) for name, value in parts["numbers"].items()})
 
 

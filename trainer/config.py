@@ -2,8 +2,8 @@
 
     load("configs/demo.yaml", ["train.workers=1"]) -> Config
 
-An unknown key, a wrong type, a name that nothing defines: each is a UserError with the dotted path and the nearest known word.
-Below this file nobody sees a config object: modules take plain values.
+An unknown key, a wrong type, a name that nothing defines: each is a UserError with the dotted path and the nearest
+known word. Below this file nobody sees a config object: modules take plain values.
 """
 
 import dataclasses
@@ -35,8 +35,9 @@ _IN_YAML = {  # what pydantic calls by Python's names
 class DataConfig:
     """Where the days lie: path/<day_column>=YYYY-MM-DD/*.parquet, on any filesystem that pyarrow can open.
 
-    group: the column that makes one ranked list (for GAUC), weighted as gauc says. keys: columns that predict copies. weight: a column of
-    sample weights. lanes: parts in which a day is read side by side; at least as many as workers, the same for the life of a model.
+    group: the column that makes one ranked list (for GAUC), weighted as gauc says. keys: columns that predict copies.
+    weight: a column of sample weights. lanes: parts in which a day is read side by side; at least as many as workers,
+    the same for the life of a model.
     """
 
     path: str
@@ -52,8 +53,9 @@ class DataConfig:
 class FeatureConfig:
     """id: one id a row (or null). ids: a list of ids a row. number: a number a row (or null).
 
-    column: its name in the log, when it is not the feature's. pool: how a list's rows become one vector; max_len: its last so many ids count.
-    dropout: the share of training rows on which the feature reads as unknown. transform: applied to a number before standardising.
+    column: its name in the log, when it is not the feature's. pool: how a list's rows become one vector; max_len: its
+    last so many ids count. dropout: the share of training rows on which the feature reads as unknown. transform:
+    applied to a number before standardising.
     """
 
     kind: Literal["id", "ids", "number"]
@@ -69,8 +71,8 @@ class FeatureConfig:
 class TaskConfig:
     """One thing to predict.
 
-    given: the event on which this one hangs; learnt through the product of probabilities over every row (ESMM). where: the event that
-    masks it; learnt on the rows where it happened. loss mse: a regression on transform(scale * label).
+    given: the event on which this one hangs; learnt through the product of probabilities over every row (ESMM). where:
+    the event that masks it; learnt on the rows where it happened. loss mse: a regression on transform(scale * label).
     """
 
     label: str | None = None
@@ -118,7 +120,9 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """average: what scores and serves is a moving average of the dense weights that keeps this share of itself each step; 0: the last."""
+    """average: what scores and serves is a moving average of the dense weights that keeps this share of itself each
+    step; 0: the last.
+    """
 
     optimizer: Literal["adam"] = "adam"
     lr: float = 0.001
@@ -139,7 +143,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Hold a candidate whose AUC at one of the addresses is below the champion's by more than tolerance. Default: the first task's."""
+    """Hold a candidate whose AUC at one of the addresses is below the champion's by more than tolerance. Default:
+    the first task's.
+    """
 
     addresses: tuple[str, ...] = ()
     tolerance: float = 0.03
@@ -147,7 +153,9 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class NightlyConfig:
-    """missing_days: whether a gap in the days stops the night. max_failures: how often lost workers are replaced in one call."""
+    """missing_days: whether a gap in the days stops the night. max_failures: how often lost workers are replaced in
+    one call.
+    """
 
     gate: GateConfig = field(default_factory=GateConfig)
     missing_days: Literal["stop", "skip"] = "stop"
@@ -156,7 +164,9 @@ class NightlyConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """The ranking score of predict: the product of predictions to these powers, by address (`click@all: 1.0`). Default: the first task."""
+    """The ranking score of predict: the product of predictions to these powers, by address (`click@all: 1.0`).
+    Default: the first task.
+    """
 
     powers: dict[str, float] = field(default_factory=dict)
 
@@ -194,10 +204,17 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         got = error.strerror if isinstance(error, OSError) else "a file that is not text in UTF-8"
-        raise UserError("cannot read the configuration", path, got=got or "", do="name a YAML file that exists") from None
+        raise UserError(
+            "cannot read the configuration", path, got=got or "", do="name a YAML file that exists"
+        ) from None
     tree = _parse(text, path)
     if not isinstance(tree, dict):
-        raise UserError("the configuration is not a mapping", path, got=type(tree).__name__, expected="keys such as name, data, tasks")
+        raise UserError(
+            "the configuration is not a mapping",
+            path,
+            got=type(tree).__name__,
+            expected="keys such as name, data, tasks",
+        )
     for override in overrides:
         _override(tree, override)
     config = _validate(tree, path)
@@ -245,7 +262,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if str(key_node.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"key '{key_node.value}' appears twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key_node.value}' appears twice", problem_mark=key_node.start_mark
+                )
             seen.add(str(key_node.value))
         return super().construct_mapping(node, deep)
 
@@ -256,7 +275,9 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}" if mark else where
-        raise UserError("not valid YAML", place, got=getattr(error, "problem", None) or str(error), do="mend the line") from None
+        raise UserError(
+            "not valid YAML", place, got=getattr(error, "problem", None) or str(error), do="mend the line"
+        ) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -296,7 +317,9 @@ def _user_error(error: Any, where: str) -> UserError:
         return UserError(f"key '{key}' is missing", place, do="add it")
     if error["type"] == "invalid_key" or key == "[key]":
         do = "put the key in quotes: YAML reads on, off, yes, no and digits as values"
-        return UserError("a key is not text", place.removesuffix(".[key]"), got=repr(error["input"]), expected="a word", do=do)
+        return UserError(
+            "a key is not text", place.removesuffix(".[key]"), got=repr(error["input"]), expected="a word", do=do
+        )
     expected = _IN_YAML.get(error["type"]) or error["msg"].removeprefix("Input should be ")
     return UserError("wrong value", place, got=repr(error["input"]), expected=expected, do=_CORRECT)
 
@@ -322,7 +345,9 @@ def _known(name: str, known: Iterable[str], place: str, what: str) -> None:
 
 def _check_names(config: Config, where: str) -> None:
     """Every name that is used is defined somewhere, and the tasks' graph has no circle."""
-    names = [("name", config.name)] + [(f"{what}.{n}", n) for what in ("tables", "tasks") for n in getattr(config, what)]
+    names = [("name", config.name)] + [
+        (f"{what}.{n}", n) for what in ("tables", "tasks") for n in getattr(config, what)
+    ]
     for place, name in names:
         if not _NAME.fullmatch(name):  # names become folders and parts of addresses
             expected = "letters, digits, _, - and points, one of the first three at the start"
@@ -331,7 +356,11 @@ def _check_names(config: Config, where: str) -> None:
     for name in id_features:
         table = config.features[name].table
         if table is None:
-            raise UserError("an id feature names no table", f"{where}: features.{name}", do=f"add table: {nearest(name, config.tables)}")
+            raise UserError(
+                "an id feature names no table",
+                f"{where}: features.{name}",
+                do=f"add table: {nearest(name, config.tables)}",
+            )
         _known(table, config.tables, f"{where}: features.{name}.table", "table")
     for name, task in config.tasks.items():
         for relation in ("given", "where"):
@@ -341,7 +370,13 @@ def _check_names(config: Config, where: str) -> None:
                 if config.tasks[parent].loss != "bce":
                     got, expected = f"loss: {config.tasks[parent].loss}", "a task with loss: bce"
                     do = "hang it on another task"
-                    raise UserError(f"'{parent}' is no event", f"{where}: tasks.{name}.{relation}", got=got, expected=expected, do=do)
+                    raise UserError(
+                        f"'{parent}' is no event",
+                        f"{where}: tasks.{name}.{relation}",
+                        got=got,
+                        expected=expected,
+                        do=do,
+                    )
         if task.given and (task.where or task.loss != "bce"):
             got, do = f"loss: {task.loss}, where: {task.where}", "drop given, or where, or make it an event"
             raise UserError("given goes with loss: bce and without where", f"{where}: tasks.{name}", got=got, do=do)
@@ -390,13 +425,21 @@ def _check_numbers(config: Config, where: str) -> None:
     for n, table in config.tables.items():
         if table.dim % 4:
             do = f"set it to {-(-table.dim // 4) * 4}"
-            raise UserError("a width that the kernels cannot keep", f"{where}: tables.{n}.dim", got=str(table.dim), expected="a multiple of 4", do=do)
+            raise UserError(
+                "a width that the kernels cannot keep",
+                f"{where}: tables.{n}.dim",
+                got=str(table.dim),
+                expected="a multiple of 4",
+                do=do,
+            )
     if position := config.model.position:
         bounds["model.position.dropout"] = (position.dropout, 0, 1)
         bounds |= {f"model.position.layers.{i}": (width, 1, 2**20) for i, width in enumerate(position.layers)}
     for place, (value, low, high) in bounds.items():
         if not low <= value <= high:
-            raise UserError("out of bounds", f"{where}: {place}", got=str(value), expected=f"{low} .. {high}", do=_CORRECT)
+            raise UserError(
+                "out of bounds", f"{where}: {place}", got=str(value), expected=f"{low} .. {high}", do=_CORRECT
+            )
     for what in ("features", "tables", "tasks"):
         if not getattr(config, what):
             raise UserError(f"no {what}", f"{where}: {what}", do="name at least one")

@@ -2,10 +2,11 @@
 
     <path>/day=2026-11-20/*.parquet -> row groups, shuffled -> lanes -> a worker's share of every global batch
 
-A day's rows, its row groups in shuffled order, are one long line, cut into `lanes` equal segments that are read side by side. Every global
-batch takes an equal slice of every lane; a worker reads a contiguous run of lanes. So the global batches are the same for any number of
-workers, all workers make the same number of steps, files may have fewer row groups than there are workers, and a row group is decoded twice
-only where two workers' lanes meet. What it costs: a worker holds one decoded row group a lane (fewer when lanes share one).
+A day's rows, its row groups in shuffled order, are one long line, cut into `lanes` equal segments that are read side by
+side. Every global batch takes an equal slice of every lane; a worker reads a contiguous run of lanes. So the global
+batches are the same for any number of workers, all workers make the same number of steps, files may have fewer row
+groups than there are workers, and a row group is decoded twice only where two workers' lanes meet. What it costs: a
+worker holds one decoded row group a lane (fewer when lanes share one).
 
 Shape letters: B rows, K numbers, T tasks.
 """
@@ -37,8 +38,9 @@ _REEXPORT = "re-export the day, or correct the configuration"
 class Schema:
     """Which columns are read, and as what.
 
-    ids, numbers: feature -> column. max_len: feature -> how many of a list's last ids count. log1p: numbers that are transformed so.
-    labels: task -> column. binary: the tasks whose label is 0 or 1. above: the tasks whose label must be greater than a bound. weight, group: columns, or None. keys: columns handed through.
+    ids, numbers: feature -> column. max_len: feature -> how many of a list's last ids count. log1p: numbers that are
+    transformed so. labels: task -> column. binary: the tasks whose label is 0 or 1. above: the tasks whose label must
+    be greater than a bound. weight, group: columns, or None. keys: columns handed through.
     """
 
     ids: Mapping[str, str]
@@ -62,8 +64,8 @@ class Schema:
 class Batch:
     """Rows of a day. A null number is NaN, a null label is NaN, a null id is an empty list.
 
-    row_B: each row's place in its day, the same for any number of workers: what is random about a row is drawn from it. groups_B: the hashed
-    group column. keys: the key columns as an Arrow table, when asked for.
+    row_B: each row's place in its day, the same for any number of workers: what is random about a row is drawn from it.
+    groups_B: the hashed group column. keys: the key columns as an Arrow table, when asked for.
     """
 
     ids: dict[str, Jagged]
@@ -144,7 +146,9 @@ def open_filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
             return pyarrow.fs.FileSystem.from_uri(path)
         return pyarrow.fs.LocalFileSystem(), path.rstrip("/")
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError("cannot open the filesystem", path, got=str(error), do="check the address and the credentials") from None
+        raise UserError(
+            "cannot open the filesystem", path, got=str(error), do="check the address and the credentials"
+        ) from None
 
 
 class Logs:
@@ -157,7 +161,11 @@ class Logs:
     def days(self) -> list[datetime.date]:
         """The days that are there, in order."""
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
-        folders = [info.base_name for info in self.filesystem.get_file_info(selector) if info.type == pyarrow.fs.FileType.Directory]
+        folders = [
+            info.base_name
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pyarrow.fs.FileType.Directory
+        ]
         names = sorted(name.removeprefix(self._prefix) for name in folders if name.startswith(self._prefix))
         if not names:
             got = f"{len(folders)} folders of other names" if folders else "no folders"
@@ -197,7 +205,9 @@ class Logs:
 
     def _check(self, found: pa.Schema, path: str) -> None:
         schema = self.schema
-        wants = [(f"feature '{n}'", c, (_is_id if n not in schema.max_len else _is_id_list)) for n, c in schema.ids.items()]
+        wants = [
+            (f"feature '{n}'", c, (_is_id if n not in schema.max_len else _is_id_list)) for n, c in schema.ids.items()
+        ]
         wants += [(f"feature '{n}'", c, _is_number) for n, c in schema.numbers.items()]
         wants += [(f"task '{n}'", c, _is_number) for n, c in schema.labels.items()]
         wants += [("data.weight", schema.weight, _is_number)] if schema.weight else []
@@ -213,7 +223,9 @@ class Logs:
                 raise UserError(what, path, got=str(kind), expected=expected, do=_REEXPORT)
 
     def _check_keys(self, found: pa.Schema, path: str, kinds: dict[str, pa.DataType]) -> None:
-        """Key columns are handed through as they are, so their types must be those of the day's first file, kept in kinds."""
+        """Key columns are handed through as they are, so their types must be those of the day's first file, kept in
+        kinds.
+        """
         for column in self.schema.keys:
             kind = found.field(column).type
             expected = kinds.setdefault(column, kind)
@@ -228,16 +240,25 @@ class Logs:
             table = self._open(group.path).read_row_group(group.index, columns=schema.columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             got, do = _first_line(error), "deliver the file again, or remove it"
-            raise UserError("a row group cannot be read", f"{group.path}, row group {group.index}", got=got, do=do) from None
+            raise UserError(
+                "a row group cannot be read", f"{group.path}, row group {group.index}", got=got, do=do
+            ) from None
         column = {name: table[name].combine_chunks() for name in table.column_names}
         where = f"{group.path}, row group {group.index}"
-        labels = [_label(column[c], f"{where}, column '{c}'", task in schema.binary, schema.above.get(task)) for task, c in schema.labels.items()]
-        numbers = [_number(column[c], f"{where}, column '{c}'", name in schema.log1p) for name, c in schema.numbers.items()]
+        labels = [
+            _label(column[c], f"{where}, column '{c}'", task in schema.binary, schema.above.get(task))
+            for task, c in schema.labels.items()
+        ]
+        numbers = [
+            _number(column[c], f"{where}, column '{c}'", name in schema.log1p) for name, c in schema.numbers.items()
+        ]
         return Batch(
             {name: _ids(column[c], schema.max_len.get(name)) for name, c in schema.ids.items()},
             torch.stack(numbers, 1) if numbers else torch.empty(group.num_rows, 0),
             torch.stack(labels, 1) if labels else torch.empty(group.num_rows, 0),
-            _weight(column[schema.weight], f"{where}, column '{schema.weight}'") if schema.weight else torch.ones(group.num_rows),
+            _weight(column[schema.weight], f"{where}, column '{schema.weight}'")
+            if schema.weight
+            else torch.ones(group.num_rows),
             torch.arange(group.first_row, group.first_row + group.num_rows),
             _group(column[schema.group], f"{where}, column '{schema.group}'") if schema.group else None,
             table.select(schema.keys) if schema.keys else None,
@@ -254,13 +275,16 @@ class Logs:
         seed: int | None = None,
         start_step: int = 0,
     ) -> Iterator[Batch]:
-        """This worker's share of each global batch, decoded ahead in a thread. seed None: rows stay in order, lane by lane.
+        """This worker's share of each global batch, decoded ahead in a thread. seed None: rows stay in order, lane by
+        lane.
 
         start_step: where to resume; the batches from there on are those of an undisturbed read.
         """
         mine = range(rank * lanes // num_workers, (rank + 1) * lanes // num_workers)
         steps = plan.num_steps(batch_size)
-        return prefetch(self._batches(plan, [_Lane(plan, lane, lanes, seed) for lane in mine], steps, start_step), depth=4)
+        return prefetch(
+            self._batches(plan, [_Lane(plan, lane, lanes, seed) for lane in mine], steps, start_step), depth=4
+        )
 
     def _batches(self, plan: DayPlan, lanes: list["_Lane"], steps: int, start_step: int) -> Iterator[Batch]:
         for lane in lanes:
@@ -302,7 +326,8 @@ class Logs:
 class _Lane:
     """One of the equal segments of a day's line of rows, taken from its beginning.
 
-    Rows are shuffled within each piece (the part of a row group that lies in this lane), the row groups by all lanes alike.
+    Rows are shuffled within each piece (the part of a row group that lies in this lane), the row groups by all lanes
+    alike.
     """
 
     def __init__(self, plan: DayPlan, lane: int, lanes: int, seed: int | None):
@@ -352,7 +377,9 @@ class _Lane:
 
 
 def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Run an iterator ahead in a thread, at most depth items; its exception is raised here, and leaving early stops the thread."""
+    """Run an iterator ahead in a thread, at most depth items; its exception is raised here, and leaving early stops
+    the thread.
+    """
     items: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()
     end = object()
@@ -418,11 +445,15 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _ids(array: pa.Array, max_len: int | None) -> Jagged:
-    """max_len None: one id a row, none where null. Else lists of which the last max_len ids count; null ids within them are left out."""
+    """max_len None: one id a row, none where null. Else lists of which the last max_len ids count; null ids within
+    them are left out.
+    """
     if max_len is None:
         present = torch.from_numpy(array.is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
         return Jagged.from_lengths(_hash_ids(array.drop_null()), present)
-    lengths = torch.from_numpy(pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64))
+    lengths = torch.from_numpy(
+        pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    )
     values = array.flatten()
     everything = Jagged.from_lengths(torch.arange(len(values)), lengths)
     from_end = everything.offsets[1:].repeat_interleave(lengths) - everything.values_N
@@ -440,14 +471,18 @@ def _group(array: pa.Array, where: str) -> Tensor:
 
 
 def _hash_ids(array: pa.Array) -> Tensor:
-    """Ids as int64: integers keep their 64 bits; a string becomes the first 8 bytes (little-endian) of the BLAKE2b-64 hash of its UTF-8."""
+    """Ids as int64: integers keep their 64 bits; a string becomes the first 8 bytes (little-endian) of the
+    BLAKE2b-64 hash of its UTF-8.
+    """
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_integer(array.type):
         values = np.array(array.to_numpy(zero_copy_only=False))
         return torch.from_numpy(values.view(np.int64) if values.dtype == np.uint64 else values.astype(np.int64))
     encoded = array.dictionary_encode()
-    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in encoded.dictionary.to_pylist())
+    digests = b"".join(
+        hashlib.blake2b(text.encode(), digest_size=8).digest() for text in encoded.dictionary.to_pylist()
+    )
     hashed = np.frombuffer(digests, dtype="<i8").astype(np.int64)
     return torch.from_numpy(hashed[encoded.indices.to_numpy(zero_copy_only=False)])
 
@@ -456,7 +491,9 @@ def _floats(array: pa.Array, where: str) -> np.ndarray:
     """float64 with NaN for null; a NaN, an infinity or what float32 would make one is an error."""
     values = np.array(array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
     bad = ~(np.abs(values) <= _FLOAT32_MAX) & array.is_valid().to_numpy(zero_copy_only=False)
-    _refuse(bad, values, where, "not a finite number", "finite numbers (of float32's range), or null where there is none")
+    _refuse(
+        bad, values, where, "not a finite number", "finite numbers (of float32's range), or null where there is none"
+    )
     return values
 
 
@@ -481,7 +518,9 @@ def _label(array: pa.Array, where: str, binary: bool, above: float | None) -> Te
         bad = ~np.isin(values, (0, 1)) & ~np.isnan(values)
         _refuse(bad, values, where, "not the label of a task with loss: bce", "0, 1 or null")
     if above is not None:
-        _refuse(values <= above, values, where, "transform: log1p is not defined here", f"labels above {above:g}, or null")
+        _refuse(
+            values <= above, values, where, "transform: log1p is not defined here", f"labels above {above:g}, or null"
+        )
     return torch.from_numpy(values.astype(np.float32))
 
 

@@ -19,15 +19,24 @@ from trainer.learner import Learner
 from trainer.metrics import Evaluation
 from trainer.step import score_step, train_step
 
-Progress: TypeAlias = Callable[[str, int], None]  # what is being done ("score", "train"), and on how many of the day's rows it was done
+Progress: TypeAlias = Callable[
+    [str, int], None
+]  # what is being done ("score", "train"), and on how many of the day's rows it was done
 
 
-def score_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, gauc: str, progress: Progress) -> dict[str, Any]:
-    """The metrics of a day's rows by the model as it stands, over all workers: by address, None where undefined. Only worker 0 has them."""
+def score_day(
+    learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, gauc: str, progress: Progress
+) -> dict[str, Any]:
+    """The metrics of a day's rows by the model as it stands, over all workers: by address, None where undefined.
+    Only worker 0 has them.
+    """
     exchange, graph = learner.exchange, learner.graph
     mine = Evaluation(graph.addresses, gauc)
     done = 0
-    for batch in agreed(exchange, logs.read(plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers)):
+    for batch in agreed(
+        exchange,
+        logs.read(plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers),
+    ):
         predictions = graph.predictions(score_step(learner, batch))
         for address, answers_B in graph.answers(batch.labels_BT).items():
             mine.add(address, predictions[address], answers_B, batch.groups_B)
@@ -36,12 +45,19 @@ def score_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lane
     gathered = {name: exchange.gather(torch.from_numpy(values)) for name, values in mine.state().items()}
     if exchange.rank:
         return {}
-    states = [{name: parts[worker].numpy() for name, parts in gathered.items()} for worker in range(exchange.num_workers)]
+    states = [
+        {name: parts[worker].numpy() for name, parts in gathered.items()} for worker in range(exchange.num_workers)
+    ]
     metrics = Evaluation.merge(graph.addresses, gauc, states).compute()
-    return {address: {name: None if value != value else value for name, value in of.items()} for address, of in metrics.items()}
+    return {
+        address: {name: None if value != value else value for name, value in of.items()}
+        for address, of in metrics.items()
+    }
 
 
-def train_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, progress: Progress) -> dict[str, Any]:
+def train_day(
+    learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, progress: Progress
+) -> dict[str, Any]:
     """One pass over a day's rows. Returns what was counted, over all workers: losses, nulls, ids, steps."""
     exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
     shard.reset_counts()
@@ -49,7 +65,12 @@ def train_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lane
     nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels))
     steps = done = 0
     reader = logs.read(
-        plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers, seed=learner.seed
+        plan,
+        batch_size=batch_size,
+        lanes=lanes,
+        rank=exchange.rank,
+        num_workers=exchange.num_workers,
+        seed=learner.seed,
     )
     for batch in agreed(exchange, reader):
         losses_T += train_step(learner, batch, plan.day.toordinal()).cpu()
@@ -61,13 +82,28 @@ def train_day(learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lane
     check_finite(learner, losses)
     columns = [*schema.ids, *schema.numbers, *schema.labels]
     counted = dict(zip(columns, exchange.all_reduce(nulls).long().tolist(), strict=True))
-    return {"steps": steps, "losses": losses, "nulls": {c: n for c, n in counted.items() if n}, "ids": count_ids(learner)}
+    return {
+        "steps": steps,
+        "losses": losses,
+        "nulls": {c: n for c, n in counted.items() if n},
+        "ids": count_ids(learner),
+    }
 
 
 def run_day(
-    learner: Learner, logs: Logs, plan: DayPlan, *, batch_size: int, lanes: int, gauc: str, score: bool, progress: Progress
+    learner: Learner,
+    logs: Logs,
+    plan: DayPlan,
+    *,
+    batch_size: int,
+    lanes: int,
+    gauc: str,
+    score: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Score (when there is a model of the day before), then train. Returns the day's report; only worker 0's has the metrics."""
+    """Score (when there is a model of the day before), then train. Returns the day's report; only worker 0's has the
+    metrics.
+    """
     start = time.perf_counter()
     metrics = score_day(learner, logs, plan, batch_size, lanes, gauc, progress) if score else {}
     trained_from = time.perf_counter()
@@ -95,7 +131,9 @@ def check_finite(learner: Learner, losses: Mapping[str, float]) -> None:
     bad += [name for name, value in learner.model.named_parameters() if not value.isfinite().all()]
     if bad:
         do = "lower train.dense.lr or train.rows.lr; the day before is untouched"
-        raise UserError("training diverged: NaN or infinity", bad[0], got=f"losses {dict(losses)}", expected="finite numbers", do=do)
+        raise UserError(
+            "training diverged: NaN or infinity", bad[0], got=f"losses {dict(losses)}", expected="finite numbers", do=do
+        )
 
 
 def count_ids(learner: Learner) -> dict[str, dict[str, int]]:

@@ -1,7 +1,7 @@
 """Chance that belongs to a row: the same draw for the same row on any number of workers, in any batch.
 
-Dropout of ids, positions and gates draws from here, so law 1 (the number of workers never changes the answer) holds with dropout on.
-Shape letter: B rows.
+Dropout of ids, positions and gates draws from here, so law 1 (the number of workers never changes the answer) holds
+with dropout on. Shape letter: B rows.
 """
 
 import torch

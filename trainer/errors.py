@@ -1,7 +1,8 @@
 """The one kind of error that a user can cause and mend.
 
-Everything that is wrong with input, configuration, data, disk or checkpoint is raised as UserError: the command line prints its
-text without a traceback and ends with exit code 2. Anything else that escapes is our own fault and ends with exit code 1.
+Everything that is wrong with input, configuration, data, disk or checkpoint is raised as UserError: the command line
+prints its text without a traceback and ends with exit code 2. Anything else that escapes is our own fault and ends with
+exit code 1.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """From a batch and its pulled rows to the dense net's inputs.
 
-The main input is every id feature's pooled vector, every number standardised, and a flag for each null number. Selection features (position,
-device as shown) go to the position tower alone, as vectors that may be missing.
+The main input is every id feature's pooled vector, every number standardised, and a flag for each null number.
+Selection features (position, device as shown) go to the position tower alone, as vectors that may be missing.
 
 Shape letters: B rows, I input width, D floats a row of a table, K numbers.
 """
@@ -47,7 +47,9 @@ class Features:
         return torch.cat([*parts, stats.standardise(batch.numbers_BK)], dim=1)
 
     def selection(self, batch: Batch, pulled: Pulled, draws: Draws | None) -> list[tuple[Tensor, Tensor]]:
-        """For each selection feature its vector [B, D] and whether it is there [B]: never at serving, dropped by chance in training."""
+        """For each selection feature its vector [B, D] and whether it is there [B]: never at serving, dropped by
+        chance in training.
+        """
         found = []
         for name, feature in self.position.items():
             present_B = (batch.ids[name].lengths_B > 0).float()

@@ -1,10 +1,11 @@
 """Heads as one probability graph: each task's logit is conditional, events are composed from them in log space.
 
-A task stands alone, hangs on another event by `given` (its probability multiplies the parent's: ESMM's product, learnt over every row), or
-is masked by `where` (learnt on the rows where that event happened). A prediction has an address, task@space: has_next@click is the
-conditional on clicked rows, has_next@all the product on every row.
+A task stands alone, hangs on another event by `given` (its probability multiplies the parent's: ESMM's product, learnt
+over every row), or is masked by `where` (learnt on the rows where that event happened). A prediction has an address,
+task@space: has_next@click is the conditional on clicked rows, has_next@all the product on every row.
 
-Source of the product: Ma et al.: Entire space multi-task model, SIGIR 2018, eq. 2 and 4. Shape letters: B rows, T tasks.
+Source of the product: Ma et al.: Entire space multi-task model, SIGIR 2018, eq. 2 and 4. Shape letters: B rows, T
+tasks.
 """
 
 import math
@@ -18,7 +19,9 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class Task:
-    """binary: an event with probability sigmoid(logit); else a regression on transform(scale * label). given, where: another task."""
+    """binary: an event with probability sigmoid(logit); else a regression on transform(scale * label). given, where:
+    another task.
+    """
 
     binary: bool = True
     given: str | None = None
@@ -50,8 +53,8 @@ class Event:
     def then(self, conditional: "Event") -> "Event":
         """This happens and then that: p = p1 * p2, 1 - p = (1 - p1) + p1 * (1 - p2).
 
-        The sum loses 1 - p where p is small, log1p(-p) where p is near 1: each serves its half. The clamp keeps the gradient of the
-        half that is not taken finite.
+        The sum loses 1 - p where p is small, log1p(-p) where p is near 1: each serves its half. The clamp keeps the
+        gradient of the half that is not taken finite.
         """
         log_p_B = self.log_p_B + conditional.log_p_B
         of_rare_B = torch.log1p(-log_p_B.clamp(max=-math.log(2)).exp())
@@ -86,7 +89,8 @@ class TaskGraph:
     def targets(self, labels_BT: Tensor) -> Tensor:
         """What each task's loss is measured against: [B, T], NaN where it is not defined.
 
-        given: 0 where the parent did not happen, else the label. where: the label on the rows where that event happened.
+        given: 0 where the parent did not happen, else the label. where: the label on the rows where that event
+        happened.
         """
         columns = [self._target(name, labels_BT) for name in self.tasks]
         return torch.stack(columns, dim=1)
@@ -99,7 +103,9 @@ class TaskGraph:
         return torch.where(happened_B == 1, target_B, torch.nan)
 
     def happened(self, name: str, labels_BT: Tensor) -> Tensor:
-        """Whether the event that a task hangs on happened: 1, 0, or NaN where unknown; 1 everywhere for a task that hangs on none."""
+        """Whether the event that a task hangs on happened: 1, 0, or NaN where unknown; 1 everywhere for a task that
+        hangs on none.
+        """
         parent = self.tasks[name].given or self.tasks[name].where
         return torch.ones_like(labels_BT[:, 0]) if parent is None else self._target(parent, labels_BT)
 

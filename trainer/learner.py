@@ -1,4 +1,6 @@
-"""Everything that learns, in one place: rows, dense net, optimizer, running statistics. What a checkpoint holds is what is here."""
+"""Everything that learns, in one place: rows, dense net, optimizer, running statistics. What a checkpoint holds is
+what is here.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +27,9 @@ from trainer.numbers import NumberStats
 class Learner:
     """One worker's part of the model. The dense net, its optimizer and the statistics are the same on every worker.
 
-    averaged: the moving average of the dense net's weights, which scores and serves. One pass over a day at a constant rate leaves the
-    weights leaning towards its last hours; their average ranks better and is calibrated better.
-    Source: Polyak, Juditsky: Acceleration of stochastic approximation by averaging, 1992.
+    averaged: the moving average of the dense net's weights, which scores and serves. One pass over a day at a constant
+    rate leaves the weights leaning towards its last hours; their average ranks better and is calibrated better. Source:
+    Polyak, Juditsky: Acceleration of stochastic approximation by averaging, 1992.
 
     order: the names of the features and of the tasks, which the dense net knows by their places only.
     """
@@ -86,7 +88,9 @@ def build(config: Config, exchange: Exchange, device: torch.device | None = None
 
 @torch.no_grad()
 def _average(keep: float, averaged: list[Tensor], current: list[Tensor], steps: Any) -> None:
-    """Move the average towards the current weights; young averages move faster, so that the first weights are soon forgotten."""
+    """Move the average towards the current weights; young averages move faster, so that the first weights are soon
+    forgotten.
+    """
     n = float(steps)
     torch._foreach_lerp_(averaged, current, 1 - min(keep, (1 + n) / (10 + n)))
 

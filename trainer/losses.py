@@ -1,12 +1,13 @@
 """Losses of the tasks: masked, weighted, with denominators over the global batch.
 
-A task's loss is sum(weight * loss) / sum(weight) over the rows of its space, both sums over all workers: a worker's part of it is the
-local sum over the global denominator, so the parts add up to the single-process loss (and the gradients to its gradient).
+A task's loss is sum(weight * loss) / sum(weight) over the rows of its space, both sums over all workers: a worker's
+part of it is the local sum over the global denominator, so the parts add up to the single-process loss (and the
+gradients to its gradient).
 
-A `given` task is learnt over every row, but its label can be null only where the parent happened. Leaving those rows out would make
-"did not happen" look more frequent than it is, so the rows whose label is known stand in for them: their weight is multiplied by
-(rows where the parent happened) / (those with a label). Along a chain (click, cart, buy) the weights multiply: where it is not known
-whether the cart happened, nothing is known of the purchase either.
+A `given` task is learnt over every row, but its label can be null only where the parent happened. Leaving those rows
+out would make "did not happen" look more frequent than it is, so the rows whose label is known stand in for them: their
+weight is multiplied by (rows where the parent happened) / (those with a label). Along a chain (click, cart, buy) the
+weights multiply: where it is not known whether the cart happened, nothing is known of the purchase either.
 
 Shape letters: B rows, T tasks.
 """
@@ -18,7 +19,9 @@ from trainer.heads import TaskGraph
 
 
 def denominators(graph: TaskGraph, labels_BT: Tensor, weights_B: Tensor) -> Tensor:
-    """Sums of weights that add up over the workers: [2, T], rows where the parent happened, those of them with a target."""
+    """Sums of weights that add up over the workers: [2, T], rows where the parent happened, those of them with a
+    target.
+    """
     known_BT = (~graph.targets(labels_BT).isnan()).double()
     happened_BT = torch.stack([graph.happened(name, labels_BT) == 1 for name in graph.tasks], dim=1).double()
     weights_B1 = weights_B.double().unsqueeze(1)

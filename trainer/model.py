@@ -17,7 +17,8 @@ from trainer.errors import UserError
 
 
 class PositionTower(nn.Module):
-    """A shallow net on selection features whose output is added to the logits of some tasks; a missing feature has a learnt vector.
+    """A shallow net on selection features whose output is added to the logits of some tasks; a missing feature has a
+    learnt vector.
 
     Source: Zhao et al.: Recommending what video to watch next, RecSys 2019, section 4.3.
     """
@@ -30,7 +31,9 @@ class PositionTower(nn.Module):
         self.register_buffer("to_tasks", torch.eye(num_tasks)[list(tasks)], persistent=False)
 
     def forward(self, selection: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """What to add to the logits: [B, T], zero for every other task. selection: vectors [B, D] (zeros where missing), presence [B]."""
+        """What to add to the logits: [B, T], zero for every other task. selection: vectors [B, D] (zeros where
+        missing), presence [B].
+        """
         vectors = [
             vector_BD + (1 - present_B).unsqueeze(1) * missing_D
             for (vector_BD, present_B), missing_D in zip(selection, self.missing, strict=True)
@@ -40,9 +43,13 @@ class PositionTower(nn.Module):
 
 
 class MultiTaskModel(nn.Module):
-    """body: maps x_BI to h_TBH. tower_layers: hidden layers of each task's tower. position: the shallow tower, if any."""
+    """body: maps x_BI to h_TBH. tower_layers: hidden layers of each task's tower. position: the shallow tower, if
+    any.
+    """
 
-    def __init__(self, body: Body, num_tasks: int, tower_layers: tuple[int, ...], position: PositionTower | None = None):
+    def __init__(
+        self, body: Body, num_tasks: int, tower_layers: tuple[int, ...], position: PositionTower | None = None
+    ):
         super().__init__()
         self.body = body
         self.towers = StackedMlp(num_tasks, body.output_dim, tower_layers)
@@ -64,7 +71,10 @@ def _is_count(value: Any) -> bool:
 _SETTINGS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (_is_count, "a whole number from 1 up"),
     float: (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
-    tuple[int, ...]: (lambda value: type(value) in (list, tuple) and all(map(_is_count, value)), "a list of whole numbers from 1 up"),
+    tuple[int, ...]: (
+        lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
+        "a list of whole numbers from 1 up",
+    ),
 }
 
 
@@ -86,4 +96,6 @@ def make_body(settings: Mapping[str, Any], input_dim: int, num_tasks: int) -> Bo
     try:
         return BODIES[kind](input_dim, num_tasks, **options)
     except (TypeError, RuntimeError, ValueError) as error:
-        raise UserError("wrong value", f"model.body ({kind})", got=f"{options}: {error}", do="correct the body's settings") from None
+        raise UserError(
+            "wrong value", f"model.body ({kind})", got=f"{options}: {error}", do="correct the body's settings"
+        ) from None

@@ -1,4 +1,5 @@
-"""Running statistics of the numeric features: count, mean and spread of every value trained on so far, kept in the checkpoint.
+"""Running statistics of the numeric features: count, mean and spread of every value trained on so far, kept in the
+checkpoint.
 
 Shape letters: B rows, K numbers.
 """
@@ -10,7 +11,8 @@ from torch import Tensor
 class NumberStats:
     """count_K, mean_K, m2_K (sum of squared deviations), in float64. Nulls (NaN) are left out.
 
-    Source for the merge: Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+    Source for the merge: Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample
+    variances, 1979.
     """
 
     def __init__(self, num_numbers: int, device: torch.device | None = None):

@@ -13,7 +13,9 @@ from trainer.errors import UserError
 
 
 class PredictionFile:
-    """out/part-00000-of-00002.parquet, written batch by batch; it gets its name when it is whole. Use in a with block."""
+    """out/part-00000-of-00002.parquet, written batch by batch; it gets its name when it is whole. Use in a with
+    block.
+    """
 
     def __init__(self, out: str, worker: int, num_workers: int):
         self._filesystem, folder = open_filesystem(out)
@@ -59,4 +61,6 @@ class PredictionFile:
         return None
 
     def _refused(self, error: OSError) -> UserError:
-        return UserError("predictions cannot be written", self._path, got=str(error), do="free space or choose another --out")
+        return UserError(
+            "predictions cannot be written", self._path, got=str(error), do="free space or choose another --out"
+        )

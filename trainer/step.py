@@ -28,7 +28,9 @@ def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
     selection = learner.features.selection(batch, pulled, draws)
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         logits_BT = model(x_BI, selection, draws)
-    losses_T = task_losses(graph, logits_BT, batch.labels_BT, batch.weights_B, sums[numbers_3K.numel() :].view_as(weights_2T))
+    losses_T = task_losses(
+        graph, logits_BT, batch.labels_BT, batch.weights_B, sums[numbers_3K.numel() :].view_as(weights_2T)
+    )
 
     learner.optimizer.zero_grad()
     (losses_T * learner.loss_weights_T).sum().backward()
@@ -42,7 +44,9 @@ def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
 
 @torch.no_grad()
 def score_step(learner: Learner, batch: Batch) -> Tensor:
-    """The tasks' conditional logits [B, T] as at serving: nothing dropped, positions missing, unknown ids left unknown."""
+    """The tasks' conditional logits [B, T] as at serving: nothing dropped, positions missing, unknown ids left
+    unknown.
+    """
     batch = batch.to(learner.device)
     pulled = learner.embeddings.pull(batch.ids, insert=False)  # collective
     x_BI = learner.features.main(batch, pulled, learner.stats, None)

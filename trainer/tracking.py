@@ -53,7 +53,9 @@ class ModelVersion:
 
 
 class Tracking:
-    """The runs and versions of one model in an MLflow database (`sqlite:///FILE`) or on a server (`http://HOST:PORT`)."""
+    """The runs and versions of one model in an MLflow database (`sqlite:///FILE`) or on a server
+    (`http://HOST:PORT`).
+    """
 
     def __init__(self, uri: str, model: str) -> None:
         """Open the database or reach the server, and make the experiment when it is missing.

@@ -1,8 +1,8 @@
 """Where a job runs: in this process, or on Ray Train workers. The only file that imports ray.
 
-A job is a plain function of a Worker; nothing below it knows Ray. Workers tell the driver what happens through events (plain dicts), handed
-to on_event in the driver while the job runs. A killed worker makes Ray Train start the whole group again: the job must find by itself how
-far it had come.
+A job is a plain function of a Worker; nothing below it knows Ray. Workers tell the driver what happens through events
+(plain dicts), handed to on_event in the driver while the job runs. A killed worker makes Ray Train start the whole
+group again: the job must find by itself how far it had come.
 """
 
 import os
@@ -34,7 +34,9 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Worker:
-    """What a job is given: its way to talk to the other workers, its device, and emit, which tells the driver something."""
+    """What a job is given: its way to talk to the other workers, its device, and emit, which tells the driver
+    something.
+    """
 
     exchange: Exchange
     device: torch.device
@@ -46,11 +48,13 @@ def run_here(job: Callable[[Worker], Any], on_event: Callable[[Event], None]) ->
     return job(Worker(LocalExchange(), _device(), on_event))
 
 
-def run_on_ray(job: Callable[[Worker], Any], on_event: Callable[[Event], None], *, num_workers: int, max_failures: int) -> Any:
+def run_on_ray(
+    job: Callable[[Worker], Any], on_event: Callable[[Event], None], *, num_workers: int, max_failures: int
+) -> Any:
     """Run a job on num_workers Ray Train workers and return worker 0's result.
 
-    Joins the cluster of RAY_ADDRESS, or starts a local one and stops it. A worker that is lost restarts the job, at most max_failures
-    times; a UserError in the job ends it at once, on all workers, and is raised here.
+    Joins the cluster of RAY_ADDRESS, or starts a local one and stops it. A worker that is lost restarts the job, at
+    most max_failures times; a UserError in the job ends it at once, on all workers, and is raised here.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -63,7 +67,10 @@ def run_on_ray(job: Callable[[Worker], Any], on_event: Callable[[Event], None], 
         _start(num_workers)
     events = ray.remote(_Events).options(num_cpus=0).remote()
     try:
-        with _Listener(lambda: ray.get(events.drain.remote()), on_event), tempfile.TemporaryDirectory(prefix="daybreak-") as folder:
+        with (
+            _Listener(lambda: ray.get(events.drain.remote()), on_event),
+            tempfile.TemporaryDirectory(prefix="daybreak-") as folder,
+        ):
             gpus = bool(ray.cluster_resources().get("GPU"))
             result = ray.train.torch.TorchTrainer(
                 _on_worker,
@@ -134,7 +141,9 @@ class _Events:
 
 
 class _Listener:
-    """Calls on_event for every event, in a thread, until the end of the with block; on_event's own error is raised there."""
+    """Calls on_event for every event, in a thread, until the end of the with block; on_event's own error is raised
+    there.
+    """
 
     def __init__(self, drain: Callable[[], list[Event]], on_event: Callable[[Event], None]):
         self._drain, self._on_event = drain, on_event

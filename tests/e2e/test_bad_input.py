@@ -1,8 +1,8 @@
 """Bad input, through the command line: exit code 2, words instead of a traceback, and the day before as it was.
 
 One model, trained through the first of three tiny simulated days, is made once; each case gets a copy, spoils one thing
-and asks for more. The texts are checked by their words in order: what is wrong, where, what was got and expected, what to
-do.
+and asks for more. The texts are checked by their words, in order: what is wrong and where, what was got and expected,
+and what to do.
 """
 
 import datetime

@@ -39,7 +39,17 @@ class Night:
         self.folder = folder
 
     def start(self, verb: str, *options: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "cluster.cli", verb, str(self.config), "--set", "train.batch_size=128", "--json", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "cluster.cli",
+            verb,
+            str(self.config),
+            "--set",
+            "train.batch_size=128",
+            "--json",
+            *options,
+        ]
         stdout, stderr = (self.folder / "out.txt").open("w"), (self.folder / "err.txt").open("w")
         return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, text=True)
 
@@ -60,7 +70,9 @@ class Night:
             assert time.monotonic() < deadline, self.error
             time.sleep(0.05)
         time.sleep(2.0)
-        assert not (manifest.parents[1] / "day=2026-11-02" / "manifest.json").exists(), "the day was over too soon to be disturbed"
+        assert not (manifest.parents[1] / "day=2026-11-02" / "manifest.json").exists(), (
+            "the day was over too soon to be disturbed"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +91,10 @@ def night(tmp_path: Path, logs: Path) -> Night:
 def test_a_night_on_two_ray_workers_trains_scores_and_promotes_every_day(undisturbed) -> None:
     night, report = undisturbed
     assert [day["day"] for day in report["days"]] == DAYS
-    assert all(day["state"] == "promoted" and day["trained"] and day["workers"] == 2 and day["rows"] == 24_000 for day in report["days"])
+    assert all(
+        day["state"] == "promoted" and day["trained"] and day["workers"] == 2 and day["rows"] == 24_000
+        for day in report["days"]
+    )
     assert report["days"][0]["metrics"] == {}, "the first day has no model to be scored with"
     assert report["days"][2]["metrics"]["click@all"]["auc"] > 0.6, "a learnable law: chance is .5"
     champion = Tracking(f"sqlite:///{night.folder}/mlflow.db", "small").alias("champion")
@@ -100,12 +115,16 @@ def test_a_day_is_predicted_into_parquet_by_the_model_of_the_day_before(undistur
     said = night.run("predict", "--day", DAYS[2], "--out", str(tmp_path / "scores"))
     assert said["trained_through"] == DAYS[1] and said["rows"] == 24_000
     scores = pq.read_table(tmp_path / "scores")
-    assert {"impression_id", "user_id", "click@all", "cart@click", "cart@all", "watch@click", "score"} <= set(scores.column_names)
+    assert {"impression_id", "user_id", "click@all", "cart@click", "cart@all", "watch@click", "score"} <= set(
+        scores.column_names
+    )
     assert len(set(scores["impression_id"].to_pylist())) == 24_000
     mean = sum(scores["click@all"].to_pylist()) / 24_000
     clicks = report["days"][2]["metrics"]["click@all"]
     logged = sum(pq.read_table(night_logs(night) / f"day={DAYS[2]}", columns=["click"])["click"].to_pylist())
-    assert mean * 24_000 / logged == pytest.approx(clicks["calibration"], rel=1e-4), "the scores are those that the night reported"
+    assert mean * 24_000 / logged == pytest.approx(clicks["calibration"], rel=1e-4), (
+        "the scores are those that the night reported"
+    )
 
 
 def night_logs(night: Night) -> Path:
@@ -133,7 +152,9 @@ def test_a_driver_killed_in_the_middle_of_a_day_changes_nothing_but_the_time(und
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     report = night.run()
-    assert [day["trained"] for day in report["days"]] == [False, True, True], "the first day was committed and is not done again"
+    assert [day["trained"] for day in report["days"]] == [False, True, True], (
+        "the first day was committed and is not done again"
+    )
     assert_same_metrics(report, undisturbed[1])
     assert not psutil.wait_procs(started, timeout=30)[1], "the killed driver's Ray goes, too"
 
@@ -141,7 +162,9 @@ def test_a_driver_killed_in_the_middle_of_a_day_changes_nothing_but_the_time(und
 def test_a_worker_killed_in_the_middle_of_a_day_is_replaced_and_the_night_completes(undisturbed, night: Night) -> None:
     driver = night.start("nightly")
     night.wait_for_the_middle_of_the_second_day()
-    workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers = [
+        p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+    ]
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
     assert driver.wait(timeout=300) == 0, night.error
@@ -150,7 +173,9 @@ def test_a_worker_killed_in_the_middle_of_a_day_is_replaced_and_the_night_comple
     assert_same_metrics(report, undisturbed[1])
 
 
-def test_a_bad_value_found_by_one_worker_ends_the_night_on_all_with_its_text(night: Night, logs: Path, tmp_path: Path) -> None:
+def test_a_bad_value_found_by_one_worker_ends_the_night_on_all_with_its_text(
+    night: Night, logs: Path, tmp_path: Path
+) -> None:
     """The bad row lies in one worker's half: the other one must neither hang nor hide what happened."""
     bad = tmp_path / "bad"
     for day in sorted(logs.iterdir())[:1]:
@@ -166,4 +191,6 @@ def test_a_bad_value_found_by_one_worker_ends_the_night_on_all_with_its_text(nig
     assert process.wait(timeout=200) == 2, night.error
     assert "part-1.parquet" in night.error and "'click'" in night.error and "7" in night.error
     assert "Traceback" not in night.error
-    assert not (night.folder / "checkpoints").exists() or not list((night.folder / "checkpoints").rglob("manifest.json"))
+    assert not (night.folder / "checkpoints").exists() or not list(
+        (night.folder / "checkpoints").rglob("manifest.json")
+    )

@@ -53,7 +53,9 @@ def train_steps(exchange: Exchange, config: Config, steps: int) -> dict[str, Any
     share = {"batch_size": config.train.batch_size, "lanes": config.data.lanes, "rank": exchange.rank}
     batches = list(islice(logs.read(plans[0], **share, num_workers=exchange.num_workers, seed=3), steps))
     losses = [exchange.all_reduce(train_step(learner, batches[s % len(batches)], 1)).tolist() for s in range(steps)]
-    metrics = score_day(learner, logs, plans[1], config.train.batch_size, config.data.lanes, "impressions", lambda *_: None)
+    metrics = score_day(
+        learner, logs, plans[1], config.train.batch_size, config.data.lanes, "impressions", lambda *_: None
+    )
     dense = {name: value.flatten().tolist() for name, value in learner.model.state_dict().items()}
     return {"losses": losses, "metrics": metrics, "dense": dense, "rows": all_rows(learner)}
 
@@ -81,7 +83,9 @@ def assert_close(got: Any, want: Any, rel: float, path: str = "") -> None:
 
 @pytest.fixture
 def one_row_group(tmp_path: Path) -> Path:
-    """Two days with a single row group each: fewer than there are workers. Large enough that one swapped pair moves an AUC by less than 1e-6."""
+    """Two days with a single row group each: fewer than there are workers. Large enough that one swapped pair moves
+    an AUC by less than 1e-6.
+    """
     simulate(str(tmp_path / "large"), days=2, start=FIRST_DAY, users=300, items=200, rows_per_day=16_000, seed=2)
     for day in sorted((tmp_path / "large" / "logs").iterdir()):
         table = pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(day.glob("*.parquet"))])
@@ -91,8 +95,12 @@ def one_row_group(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_one_two_and_three_workers_give_the_same_losses_metrics_rows_and_dense_weights(small_config, one_row_group) -> None:
-    """50 steps on the same global batches, for each body and the ESMM graph, with every kind of dropout on, read from one row group a day."""
+def test_one_two_and_three_workers_give_the_same_losses_metrics_rows_and_dense_weights(
+    small_config, one_row_group
+) -> None:
+    """50 steps on the same global batches, for each body and the ESMM graph, with every kind of dropout on, read
+    from one row group a day.
+    """
     configs = [small_config(override, f"data.path={one_row_group}") for override in MODELS.values()]
     alone = train_models(LocalExchange(), configs, 50)
     for workers in (2, 3):

@@ -226,6 +226,19 @@ def test_chance_changes_with_the_day_and_not_with_the_call() -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])  # other rows are dropped
 
 
+def test_ids_positions_and_gates_are_dropped_in_training() -> None:
+    full, user = config(MMOE), FeatureConfig("id", table="user")
+    shallow = PositionConfig(("position",), ("click",), dropout=0)
+    without = {
+        "ids": replace(full, features=FEATURES | {"user": user}),
+        "position": replace(full, model=replace(full.model, position=shallow)),
+        "gates": replace(full, model=replace(full.model, body=MMOE | {"gate_dropout": 0.0})),
+    }
+    losses_T = train_step(local(full), logged(), DAY)
+    for what, settings in without.items():  # the same first weights: what differs is what was dropped
+        assert not torch.equal(train_step(local(settings), logged(), DAY), losses_T), what
+
+
 @pytest.mark.parametrize("body", [MMOE, BOTTOM])
 def test_a_batch_without_labels_changes_no_weight(body: dict[str, Any]) -> None:
     learner, batch = local(config(body)), logged()
