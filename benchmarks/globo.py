@@ -49,9 +49,8 @@ def run(
 
     from cluster.nightly import open_checkpoints, pending, train
     from cluster.predict import evaluate
-    from embeddings.exchange import LocalExchange
     from trainer.config import load
-    from trainer.learner import build, open_logs
+    from trainer.learner import build_model, open_logs
 
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -66,7 +65,7 @@ def run(
         last_before = first - datetime.timedelta(days=1)
         quiet = {"use_ray": False, "on_event": lambda event: None}
         frozen = {str(day): evaluate(config, day, last_before, **quiet)["metrics"] for day in days}  # type: ignore[arg-type]
-        parameters = sum(p.numel() for p in build(config, LocalExchange()).model.parameters())
+        parameters = sum(p.numel() for p in build_model(config).parameters())
     seconds = time.perf_counter() - started
     print(f"{body}, seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return body, seed, {"updated": updated, "frozen": frozen, "parameters": parameters, "seconds": seconds}

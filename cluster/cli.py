@@ -70,9 +70,7 @@ def simulate(
     from cluster.simulate import simulate as write
 
     write(out, days=days, start=_day(start, "--start"), users=users, items=items, rows_per_day=rows_per_day, seed=seed)
-    _console(as_json).print(
-        f"{days} days of {rows_per_day:,} rows in {out}/logs, their law in {out}/truth", highlight=False
-    )
+    _say(_console(as_json), f"{days} days of {rows_per_day:,} rows in {out}/logs, their law in {out}/truth")
     _finish(as_json, {"logs": f"{out}/logs", "truth": f"{out}/truth", "days": days, "rows": days * rows_per_day})
 
 
@@ -94,7 +92,7 @@ def train(
     checkpoints = open_checkpoints(settings)
     committed = checkpoints.days()
     if date in committed:
-        console.print(f"day {date} is trained already: {checkpoints.path}", highlight=False)
+        _say(console, f"day {date} is trained already: {checkpoints.path}")
     elif committed and date < committed[-1]:
         raise UserError(
             f"day {date} lies before the newest checkpoint",
@@ -140,7 +138,7 @@ def nightly(
         law = {entry["day"]: law_auc(truth, datetime.date.fromisoformat(entry["day"])) for entry in report["days"]}
     console.print(days_table(report["days"], law))
     _print_states(console, report["days"])
-    console.print(_how_to_open(settings.tracking.mlflow), highlight=False)
+    _say(console, _how_to_open(settings.tracking.mlflow))
     _finish(as_json, report)
 
 
@@ -160,9 +158,7 @@ def predict(
     settings, console = _load(config, sets), _console(as_json)
     with Show(console) as show:
         report = run(settings, _day(day, "--day"), out, use_ray=not no_ray, on_event=show.event)
-    console.print(
-        f"{report['rows']:,} rows scored into {out} by the model of {report['trained_through']}", highlight=False
-    )
+    _say(console, f"{report['rows']:,} rows scored into {out} by the model of {report['trained_through']}")
     _finish(as_json, report)
 
 
@@ -197,9 +193,12 @@ def status(config: Config, sets: Set = [], as_json: Json = False) -> None:  # no
     checkpoints = open_checkpoints(settings)
     days = [day_entry(checkpoints, day, False) for day in checkpoints.days()]
     champion = Morning(settings, checkpoints).champion()
-    console.print(days_table(days) if days else f"no day is done yet in {checkpoints.path}")
+    if days:
+        console.print(days_table(days))
+    else:
+        _say(console, f"no day is done yet in {checkpoints.path}")
     _print_states(console, days)
-    console.print(f"champion: {champion.day if champion else 'none'}", highlight=False)
+    _say(console, f"champion: {champion.day if champion else 'none'}")
     _finish(as_json, {"model": settings.name, "champion": str(champion.day) if champion else None, "days": days})
 
 
@@ -241,6 +240,11 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=as_json, width=width)
 
 
+def _say(console: Console, text: str) -> None:
+    """Lines as they are: what may be copied is neither broken, nor coloured, nor read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _finish(as_json: bool, value: Any) -> None:
     if as_json:
         print(json.dumps(_plain(value)), flush=True)
@@ -270,7 +274,7 @@ def _maybe_day(text: str | None, option: str) -> datetime.date | None:
 def _print_states(console: Console, days: list[dict[str, Any]]) -> None:
     for entry in days:
         if entry["state"] == "held":
-            console.print(f"{entry['day']} held: {entry['reason']}", highlight=False)
+            _say(console, f"{entry['day']} held: {entry['reason']}")
 
 
 def _how_to_open(uri: str) -> str:

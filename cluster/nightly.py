@@ -23,7 +23,7 @@ from trainer.config import Config, as_dict, flatten
 from trainer.data import DayPlan, Logs
 from trainer.day import run_day
 from trainer.errors import UserError
-from trainer.learner import build, open_logs
+from trainer.learner import build, build_model, open_logs
 from trainer.pictures import days_picture
 from trainer.tracking import Tracking
 from trainer.workers import Event, Worker, run_here, run_on_ray
@@ -54,6 +54,8 @@ def nightly(
         on_event(event)
 
     if plans:
+        build_model(config)  # a body or a database that cannot be made is found out now, not after hours
+        morning.open()
         train(config, plans, use_ray=use_ray, on_event=hear)
         morning.decide_all()  # a worker that was lost right after a commit never told
     trained = {plan.day for plan in plans}
@@ -145,6 +147,10 @@ class Morning:
     @cached_property
     def _tracking(self) -> Tracking:
         return Tracking(self._config.tracking.mlflow, self._config.name)
+
+    def open(self) -> None:
+        """Open the tracking store; a UserError when it cannot be."""
+        self._tracking  # noqa: B018 - the property opens it
 
     def decide_all(self) -> None:
         """Every committed day that has no decision yet, in order."""

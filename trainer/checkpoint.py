@@ -29,7 +29,7 @@ from embeddings.buckets import NUM_BUCKETS
 from embeddings.exchange import Exchange
 from embeddings.snapshot import load_table, overlapping, save_table
 from trainer.agree import agree, gather_json
-from trainer.data import open_filesystem, parse_day
+from trainer.data import list_folder, open_filesystem, parse_day
 from trainer.errors import UserError
 from trainer.learner import Learner
 
@@ -67,10 +67,8 @@ class Checkpoints:
 
     def days(self) -> list[datetime.date]:
         """The committed days, in order."""
-        selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
-        names = sorted(
-            info.base_name for info in self._filesystem.get_file_info(selector) if info.base_name.startswith(_DAY)
-        )
+        found = list_folder(self._filesystem, self._root)
+        names = sorted(info.base_name for info in found if info.base_name.startswith(_DAY))
         days = [parse_day(name.removeprefix(_DAY), f"{self.path}/{name}") for name in names]
         return [day for day in days if self._exists(f"{self._folder(day)}/manifest.json")]
 

@@ -151,6 +151,15 @@ def open_filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
         ) from None
 
 
+def list_folder(filesystem: pyarrow.fs.FileSystem, path: str, *, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
+    """What lies in a folder; nothing when it is not there."""
+    try:
+        return list(filesystem.get_file_info(pyarrow.fs.FileSelector(path, True, recursive)))
+    except (pa.ArrowException, OSError) as error:
+        do = "check the path, the rights to read it and the network"
+        raise UserError("a folder cannot be listed", path, got=_first_line(error), do=do) from None
+
+
 class Logs:
     """The days below one path, hive-partitioned by day."""
 
@@ -160,12 +169,8 @@ class Logs:
 
     def days(self) -> list[datetime.date]:
         """The days that are there, in order."""
-        selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
-        folders = [
-            info.base_name
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pyarrow.fs.FileType.Directory
-        ]
+        found = list_folder(self.filesystem, self._root)
+        folders = [info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory]
         names = sorted(name.removeprefix(self._prefix) for name in folders if name.startswith(self._prefix))
         if not names:
             got = f"{len(folders)} folders of other names" if folders else "no folders"
@@ -176,8 +181,8 @@ class Logs:
     def plan(self, day: datetime.date) -> DayPlan:
         """Read the footers of a day's files and check their columns."""
         folder = f"{self._root}/{self._prefix}{day}"
-        selector = pyarrow.fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        paths = sorted(i.path for i in self.filesystem.get_file_info(selector) if _is_data(i.path.removeprefix(folder)))
+        files = [i for i in list_folder(self.filesystem, folder, recursive=True) if i.type == pyarrow.fs.FileType.File]
+        paths = sorted(file.path for file in files if _is_data(file.path.removeprefix(folder)))
         groups: list[RowGroup] = []
         num_rows = 0
         keys: dict[str, pa.DataType] = {}

@@ -56,34 +56,40 @@ class Learner:
 def build(config: Config, exchange: Exchange, device: torch.device | None = None) -> Learner:
     """A new, untrained learner. Same configuration and seed: same weights, on every worker."""
     device = device or torch.device("cpu")
-    torch.manual_seed(config.train.seed)
     features = _features(config)
-    graph = TaskGraph(_tasks(config))
-    names = list(graph.tasks)
+    model = build_model(config).to(device)
+    rows = RowwiseAdagrad(config.train.rows.lr, config.train.rows.eps)
+    shard = Shard(config.tables, rows, num_shards=exchange.num_workers, seed=config.train.seed, device=device)
+    tables = {name: feature.table or "" for name, feature in config.features.items() if feature.kind != "number"}
+    return Learner(
+        exchange=exchange,
+        embeddings=ShardedEmbeddings(shard, exchange, tables),
+        features=features,
+        model=model,
+        averaged=AveragedModel(model, multi_avg_fn=partial(_average, config.train.dense.average)),
+        graph=TaskGraph(_tasks(config)),
+        optimizer=torch.optim.Adam(model.parameters(), lr=config.train.dense.lr),
+        stats=NumberStats(features.num_numbers, device),
+        loss_weights_T=torch.tensor(
+            [config.model.balance.weights.get(name, 1.0) for name in config.tasks], device=device
+        ),
+        autocast=config.train.precision == "bf16",
+        seed=config.train.seed,
+        device=device,
+        order={"features": list(config.features), "tasks": list(config.tasks)},
+    )
+
+
+def build_model(config: Config) -> MultiTaskModel:
+    """The dense net with its first weights, drawn from the seed."""
+    torch.manual_seed(config.train.seed)
+    features, names = _features(config), list(config.tasks)
     body = make_body(config.model.body, features.input_dim, len(names))
     position = None
     if shallow := config.model.position:
         dims = [feature.dim for feature in features.position.values()]
         position = PositionTower(dims, shallow.layers, [names.index(task) for task in shallow.tasks], len(names))
-    model = MultiTaskModel(body, len(names), config.model.tower_layers, position).to(device)
-    rows = RowwiseAdagrad(config.train.rows.lr, config.train.rows.eps)
-    shard = Shard(config.tables, rows, num_shards=exchange.num_workers, seed=config.train.seed, device=device)
-    tables = {name: feature.table or "" for name, feature in config.features.items() if feature.kind != "number"}
-    return Learner(
-        exchange,
-        ShardedEmbeddings(shard, exchange, tables),
-        features,
-        model,
-        AveragedModel(model, multi_avg_fn=partial(_average, config.train.dense.average)),
-        graph,
-        torch.optim.Adam(model.parameters(), lr=config.train.dense.lr),
-        NumberStats(features.num_numbers, device),
-        torch.tensor([config.model.balance.weights.get(name, 1.0) for name in names], device=device),
-        config.train.precision == "bf16",
-        config.train.seed,
-        device,
-        {"features": list(config.features), "tasks": list(config.tasks)},
-    )
+    return MultiTaskModel(body, len(names), config.model.tower_layers, position)
 
 
 @torch.no_grad()

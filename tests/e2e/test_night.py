@@ -55,9 +55,18 @@ class Night:
 
     def run(self, verb: str = "nightly", *options: str) -> dict[str, Any]:
         """Run a verb to its end and return its JSON."""
-        assert self.start(verb, *options).wait(timeout=300) == 0, self.error
+        self.finish(self.start(verb, *options))
         result: dict[str, Any] = json.loads((self.folder / "out.txt").read_text().splitlines()[-1])
         return result
+
+    def finish(self, process: subprocess.Popen[str], code: int = 0) -> None:
+        """Wait for a command; one that does not end in time is killed with all of its children."""
+        try:
+            assert process.wait(timeout=300) == code, self.error
+        except subprocess.TimeoutExpired:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+            raise
 
     @property
     def error(self) -> str:
@@ -167,7 +176,7 @@ def test_a_worker_killed_in_the_middle_of_a_day_is_replaced_and_the_night_comple
     ]
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
-    assert driver.wait(timeout=300) == 0, night.error
+    night.finish(driver)
     report = json.loads((night.folder / "out.txt").read_text().splitlines()[-1])
     assert [day["trained"] for day in report["days"]] == [True, True, True]
     assert_same_metrics(report, undisturbed[1])
@@ -188,7 +197,7 @@ def test_a_bad_value_found_by_one_worker_ends_the_night_on_all_with_its_text(
                 table = table.set_column(table.column_names.index("click"), "click", [click])
             pq.write_table(table, bad / day.name / path.name)
     process = night.start("nightly", "--set", f"data.path={bad}")
-    assert process.wait(timeout=200) == 2, night.error
+    night.finish(process, code=2)
     assert "part-1.parquet" in night.error and "'click'" in night.error and "7" in night.error
     assert "Traceback" not in night.error
     assert not (night.folder / "checkpoints").exists() or not list(

@@ -179,6 +179,12 @@ def test_a_model_without_a_checkpoint_has_no_days(tmp_path: Path) -> None:
     assert store.days() == [] and store.latest() is None and not (tmp_path / "nowhere").exists()
 
 
+def test_a_path_that_cannot_be_listed_is_told_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("a file")
+    with pytest.raises(UserError, match=f"(?s)^{tmp_path}/model: a folder cannot be listed.*-> check the path"):
+        Checkpoints(str(tmp_path), "model").days()
+
+
 def test_what_lies_beside_the_days_is_left_alone_but_a_wrong_day_is_told(store: Checkpoints, folder: Path) -> None:
     (folder.parent / ".DS_Store").write_text("")
     (folder.parent / "notes").mkdir()

@@ -394,13 +394,15 @@ def test_files_that_write_down_or_hide_something_are_no_data(tmp_path: Path) -> 
 
 def test_a_day_is_its_files_in_the_order_of_their_names_and_folders_below_it_belong_to_it(tmp_path: Path) -> None:
     write_day(tmp_path, table(), FILES["several files"])
-    (tmp_path / f"day={DAY}" / "hour=07").mkdir()
-    pq.write_table(table(5), tmp_path / f"day={DAY}" / "hour=07" / "part-0.parquet")
+    for folder in ("hour=07", "late.parquet"):  # some writers give folders the names of files
+        (tmp_path / f"day={DAY}" / folder).mkdir()
+        pq.write_table(table(5), tmp_path / f"day={DAY}" / folder / "part-0.parquet")
     plan = Logs(str(tmp_path), "day", SCHEMA).plan(DAY)
     names = [Path(group.path).relative_to(tmp_path / f"day={DAY}").as_posix() for group in plan.row_groups]
-    assert names == ["hour=07/part-0.parquet", *(f"part-{n}.parquet" for n in (0, 0, 1, 3, 3))]
-    assert [group.num_rows for group in plan.row_groups] == [5, 60, 1, 150, 30, 60]
-    assert [group.first_row for group in plan.row_groups] == [0, 5, 65, 66, 216, 246]
+    late = [f"{folder}/part-0.parquet" for folder in ("hour=07", "late.parquet")]
+    assert names == [*late, *(f"part-{n}.parquet" for n in (0, 0, 1, 3, 3))]
+    assert [group.num_rows for group in plan.row_groups] == [5, 5, 60, 1, 150, 30, 60]
+    assert [group.first_row for group in plan.row_groups] == [0, 5, 10, 70, 71, 221, 251]
 
 
 @pytest.mark.parametrize("path", ["{root}", "{root}/", "file://{root}", "file://{root}/"])
@@ -426,6 +428,12 @@ def test_folders_that_are_no_days_are_told_with_what_is_expected(tmp_path: Path,
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"(?s)^{tmp_path}.*{text}"):
         Logs(str(tmp_path), "day", SCHEMA).days()
+
+
+def test_a_folder_that_cannot_be_listed_is_told_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match=f"(?s)^{tmp_path}/logs: a folder cannot be listed.*got .*-> check the path"):
+        Logs(str(tmp_path / "logs"), "day", SCHEMA).days()
 
 
 def test_a_day_without_a_row_is_an_error_and_not_a_day_of_zero_steps(tmp_path: Path) -> None:
