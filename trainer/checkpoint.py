@@ -109,7 +109,10 @@ class Checkpoints:
 
     def decide(self, day: datetime.date, decision: dict[str, Any]) -> None:
         """Write down what was decided about a committed day."""
-        self._write_whole(f"{self._folder(day)}/decision.json", json.dumps(decision, indent=1).encode())
+        content = json.dumps(decision, indent=1).encode()
+        _, error = self._guarded(lambda: self._write_whole(f"{self._folder(day)}/decision.json", content))
+        if error:
+            raise error
 
     def save(self, learner: Learner, day: datetime.date, report: dict[str, Any]) -> None:
         """Write a day and commit it. Collective; when a worker fails to write its part, all raise and nothing is

@@ -325,6 +325,10 @@ def test_a_full_disk_commits_nothing_and_leaves_the_day_before_and_the_space_as_
         assert store.days() == [DAY] and shutil.disk_usage(disk).free == 40 * 1024
         found = loaded(store, config)
         assert_same(dense(found) | rows(found), expected)
+        fill(disk, leave_kib=0)
+        with pytest.raises(UserError, match=f"(?s)^{disk}.*No space left on device"):
+            store.decide(DAY, {"state": "promoted"})
+        assert store.decision(DAY) is None
         filler.unlink()
         store.save(learner, NEXT, REPORT)
         assert_same(rows(loaded(store, config, NEXT)), rows(learner))
