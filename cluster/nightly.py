@@ -23,7 +23,7 @@ from trainer.config import Config, as_dict, flatten
 from trainer.data import DayPlan, Logs
 from trainer.day import run_day
 from trainer.errors import UserError
-from trainer.learner import build, build_model, open_logs
+from trainer.learner import build, check, open_logs
 from trainer.pictures import days_picture
 from trainer.tracking import Tracking
 from trainer.workers import Event, Worker, run_here, run_on_ray
@@ -54,7 +54,7 @@ def nightly(
         on_event(event)
 
     if plans:
-        build_model(config)  # a body or a database that cannot be made is found out now, not after hours
+        check(config)  # a body or a database that cannot be made is found out now, not after hours
         morning.open()
         train(config, plans, use_ray=use_ray, on_event=hear)
         morning.decide_all()  # a worker that was lost right after a commit never told

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from cluster.nightly import Morning, open_checkpoints, run, teller
-from trainer.agree import agreed
+from trainer.agree import agreed, together
 from trainer.checkpoint import Checkpoint
-from trainer.config import Config, absolute, nearest
+from trainer.config import Config, absolute
 from trainer.data import DayPlan
 from trainer.day import score_day
 from trainer.errors import UserError
-from trainer.learner import build, open_logs
+from trainer.learner import build, check, open_logs
 from trainer.predictions import PredictionFile
 from trainer.step import score_step
 from trainer.workers import Event, Worker
@@ -26,6 +26,7 @@ def predict(
     """Score a day into out/. The model is the newest promoted one from before the day, or the newest promoted one at
     all.
     """
+    check(config)
     checkpoints = open_checkpoints(config)
     morning = Morning(config, checkpoints)
     checkpoint = morning.champion(before=day) or morning.champion()
@@ -71,11 +72,6 @@ def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpo
     learner = build(config, exchange, worker.device)
     graph = learner.graph
     powers = config.fusion.powers or dict.fromkeys(list(graph.addresses)[:1], 1.0)
-    for address in powers:
-        if address not in graph.addresses:
-            raise UserError(
-                f"no prediction has the address '{address}'", "fusion.powers", do=nearest(address, graph.addresses)
-            )
     open_checkpoints(config).load(learner, checkpoint)
     reader = logs.read(
         plan,
@@ -85,13 +81,16 @@ def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpo
         num_workers=exchange.num_workers,
     )
     with PredictionFile(out, exchange.rank, exchange.num_workers) as file:
+        together(exchange, file.clear)
         for batch in agreed(exchange, reader):
             predictions = graph.predictions(score_step(learner, batch))
-            columns = {
-                a: graph.tasks[a.split("@")[0]].to_label(p)
-                for a, p in predictions.items()
-                if graph.addresses[a] == "regression"
+            columns = predictions | {
+                address: graph.tasks[address.split("@")[0]].to_label(predictions[address])
+                for address, kind in graph.addresses.items()
+                if kind == "regression"
             }
-            log_score = sum(power * predictions[address].clamp(min=1e-30).log() for address, power in powers.items())
-            file.write(batch.keys, predictions | columns | {"score": torch.as_tensor(log_score).exp()})
+            log_score_B = sum(power * predictions[address].clamp(min=1e-30).log() for address, power in powers.items())
+            columns["score"] = torch.as_tensor(log_score_B).exp()
+            together(exchange, partial(file.write, batch.keys, columns))
+        together(exchange, file.close)
     return int(exchange.all_reduce(torch.tensor([file.num_rows])).item())

@@ -3,7 +3,7 @@ collective for ever.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -31,18 +31,22 @@ def agree(exchange: Exchange, error: UserError | None) -> None:
     raise error or UserError(texts[0] if texts else "another worker stopped")
 
 
+def together(exchange: Exchange, work: Callable[[], Item]) -> Item:
+    """Do the same kind of work on every worker; what one of them finds wrong is raised on all. Collective."""
+    try:
+        result, error = work(), None
+    except UserError as found:
+        result, error = None, found
+    agree(exchange, error)
+    return result  # type: ignore[return-value]  # agree raises when there is none
+
+
 def agreed(exchange: Exchange, items: Iterator[Item]) -> Iterator[Item]:
     """The items of an iterator that is equally long on every worker; an error in one worker's iterator is raised on
     all.
     """
     while True:
-        item, error = None, None
         try:
-            item = next(items)
+            yield together(exchange, lambda: next(items))
         except StopIteration:
             return
-        except UserError as found:
-            error = found
-        agree(exchange, error)
-        assert item is not None, "agree raises when there is no item"
-        yield item

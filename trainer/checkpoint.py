@@ -10,6 +10,7 @@ and SHA-256 stand in the manifest and are checked when it is read. Nothing read 
 JSON.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -28,7 +29,7 @@ from torch import Tensor
 from embeddings.buckets import NUM_BUCKETS
 from embeddings.exchange import Exchange
 from embeddings.snapshot import load_table, overlapping, save_table
-from trainer.agree import agree, gather_json
+from trainer.agree import gather_json, together
 from trainer.data import list_folder, open_filesystem, parse_day
 from trainer.errors import UserError
 from trainer.learner import Learner
@@ -110,9 +111,7 @@ class Checkpoints:
     def decide(self, day: datetime.date, decision: dict[str, Any]) -> None:
         """Write down what was decided about a committed day."""
         content = json.dumps(decision, indent=1).encode()
-        _, error = self._guarded(lambda: self._write_whole(f"{self._folder(day)}/decision.json", content))
-        if error:
-            raise error
+        self._stored(lambda: self._write_whole(f"{self._folder(day)}/decision.json", content))
 
     def save(self, learner: Learner, day: datetime.date, report: dict[str, Any]) -> None:
         """Write a day and commit it. Collective; when a worker fails to write its part, all raise and nothing is
@@ -121,31 +120,27 @@ class Checkpoints:
         exchange = learner.exchange
         attempt = self._attempt(learner)
         folder = f"{self._folder(day)}/{attempt}"
-        files, error = self._guarded(lambda: self._write_parts(learner, folder))
         try:
-            agree(exchange, error)
+            files = together(exchange, lambda: self._stored(lambda: self._write_parts(learner, folder)))
         except UserError:
             self._give_up(exchange, folder)
             raise
         all_files = gather_json(exchange, files)
-        if exchange.rank == 0:
-            manifest = {
-                "format": FORMAT,
-                "num_buckets": NUM_BUCKETS,
-                "num_shards": exchange.num_workers,
-                "attempt": attempt,
-                "order": learner.order,
-                "tables": {name: {"dim": table.dim} for name, table in learner.embeddings.shard.tables.items()},
-                "files": {path: entry for part in all_files for path, entry in part.items()},
-                "report": report,
-            }
-            _, error = self._guarded(lambda: self._commit(day, manifest))
-        agree(exchange, error)
+        manifest = {
+            "format": FORMAT,
+            "num_buckets": NUM_BUCKETS,
+            "num_shards": exchange.num_workers,
+            "attempt": attempt,
+            "order": learner.order,
+            "tables": {name: {"dim": table.dim} for name, table in learner.embeddings.shard.tables.items()},
+            "files": {path: entry for part in all_files for path, entry in part.items()},
+            "report": report,
+        }
+        together(exchange, lambda: exchange.rank or self._stored(lambda: self._commit(day, manifest)))
 
     def load(self, learner: Learner, checkpoint: Checkpoint) -> None:
         """Fill a fresh learner from a checkpoint of any number of workers. Collective."""
-        _, error = self._guarded(lambda: self._read_parts(learner, checkpoint))
-        agree(learner.exchange, error)
+        together(learner.exchange, lambda: self._stored(lambda: self._read_parts(learner, checkpoint)))
 
     def _folder(self, day: datetime.date) -> str:
         return f"{self._root}/{_DAY}{day}"
@@ -182,7 +177,8 @@ class Checkpoints:
     def _give_up(self, exchange: Exchange, folder: str) -> None:
         """Free the space of an attempt that failed, so that the next one has it."""
         if exchange.rank == 0 and self._filesystem.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
-            self._guarded(lambda: self._filesystem.delete_dir(folder))
+            with contextlib.suppress(OSError):
+                self._filesystem.delete_dir(folder)
 
     def _read_parts(self, learner: Learner, checkpoint: Checkpoint) -> None:
         exchange, shard, manifest = learner.exchange, learner.embeddings.shard, checkpoint.manifest
@@ -245,15 +241,13 @@ class Checkpoints:
         self._write(f"{path}.tmp", content)
         self._filesystem.move(f"{path}.tmp", path)
 
-    def _guarded(self, work: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
-        """The result, or the trouble with disk or files as an error that all workers can agree on."""
+    def _stored(self, work: Callable[[], Result]) -> Result:
+        """What the work returns; trouble with disk or files is raised as an error that a user can mend."""
         try:
-            return work(), None
-        except UserError as error:
-            return None, error
+            return work()
         except (OSError, pa.ArrowException, safetensors.SafetensorError) as error:
             do = "free space or mend the storage, then run the same command again: the day before is untouched"
-            return None, UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do)
+            raise UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do) from None
 
 
 def _digest(manifest: dict[str, Any]) -> str:

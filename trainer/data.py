@@ -248,7 +248,8 @@ class Logs:
             raise UserError(
                 "a row group cannot be read", f"{group.path}, row group {group.index}", got=got, do=do
             ) from None
-        column = {name: table[name].combine_chunks() for name in table.column_names}
+        lists = {schema.ids[name] for name in schema.max_len}
+        column = {name: _typed(table[name].combine_chunks(), name in lists) for name in table.column_names}
         where = f"{group.path}, row group {group.index}"
         labels = [
             _label(column[c], f"{where}, column '{c}'", task in schema.binary, schema.above.get(task))
@@ -436,17 +437,32 @@ def _is_id(kind: pa.DataType) -> bool:
     """an integer or a string"""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return (
+        pa.types.is_null(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+    )
 
 
 def _is_id_list(kind: pa.DataType) -> bool:
     """a list of integers or strings"""
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_id(kind.value_type)
+    return pa.types.is_null(kind) or (
+        (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_id(kind.value_type)
+    )
 
 
 def _is_number(kind: pa.DataType) -> bool:
     """an integer, a float or a boolean"""
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    known = (pa.types.is_null, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return any(is_(kind) for is_ in known)
+
+
+def _typed(array: pa.Array, is_list: bool) -> pa.Array:
+    """A file in which a column has no value at all may have left its type open: then it is a column of nulls."""
+    if not pa.types.is_null(array.type):
+        return array
+    return array.cast(pa.list_(pa.int64()) if is_list else pa.int64())
 
 
 def _ids(array: pa.Array, max_len: int | None) -> Jagged:

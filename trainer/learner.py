@@ -14,9 +14,10 @@ from embeddings.client import ShardedEmbeddings
 from embeddings.exchange import Exchange
 from embeddings.optim import RowwiseAdagrad
 from embeddings.shard import Shard
-from trainer.config import Config
+from trainer.config import Config, nearest
 from trainer.data import Batch, Logs, Schema
 from trainer.draws import Draws
+from trainer.errors import UserError
 from trainer.features import Features, IdFeature
 from trainer.heads import Task, TaskGraph
 from trainer.model import MultiTaskModel, PositionTower, make_body
@@ -90,6 +91,19 @@ def build_model(config: Config) -> MultiTaskModel:
         dims = [feature.dim for feature in features.position.values()]
         position = PositionTower(dims, shallow.layers, [names.index(task) for task in shallow.tasks], len(names))
     return MultiTaskModel(body, len(names), config.model.tower_layers, position)
+
+
+def check(config: Config) -> None:
+    """Refuse what only the model itself can tell: a body that cannot be built, addresses that no prediction has."""
+    build_model(config)
+    addresses = TaskGraph(_tasks(config)).addresses
+    events = [address for address, kind in addresses.items() if kind == "binary"]
+    wanted = {"nightly.gate.addresses": (config.nightly.gate.addresses, events)}
+    wanted["fusion.powers"] = (tuple(config.fusion.powers), list(addresses))
+    for place, (names, known) in wanted.items():
+        for name in names:
+            if name not in known:
+                raise UserError(f"no prediction has the address '{name}'", place, do=nearest(name, known))
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Predictions to Parquet: key columns as they stand in the log, one column an address, and the fused score."""
 
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -11,17 +13,28 @@ from torch import Tensor
 from trainer.data import open_filesystem
 from trainer.errors import UserError
 
+_PART = re.compile(r"part-\d{5}-of-\d{5}\.parquet(\.tmp)?")
+
 
 class PredictionFile:
-    """out/part-00000-of-00002.parquet, written batch by batch; it gets its name when it is whole. Use in a with
-    block.
+    """out/part-00000-of-00002.parquet, written batch by batch; it gets its name when it is closed whole. Use in a with
+    block; close may come earlier.
     """
 
     def __init__(self, out: str, worker: int, num_workers: int):
-        self._filesystem, folder = open_filesystem(out)
-        self._path = f"{folder}/part-{worker:05d}-of-{num_workers:05d}.parquet"
-        self._folder, self.num_rows = folder, 0
+        self._filesystem, self._folder = open_filesystem(out)
+        self._worker, self.num_rows = worker, 0
+        self._path = f"{self._folder}/part-{worker:05d}-of-{num_workers:05d}.parquet"
         self._writer: Any = None
+
+    def clear(self) -> None:
+        """Worker 0 removes the parts of an earlier call, which may have had more workers."""
+        if self._worker == 0:
+            with self._in_words():
+                selector = pyarrow.fs.FileSelector(self._folder, allow_not_found=True)
+                for info in self._filesystem.get_file_info(selector):
+                    if _PART.fullmatch(info.base_name):
+                        self._filesystem.delete_file(info.path)
 
     def write(self, keys: Any, columns: Mapping[str, Tensor]) -> None:
         """keys: the batch's key columns (Arrow table or None). columns: one value a row."""
@@ -30,37 +43,42 @@ class PredictionFile:
         table = pa.table({name: pa.array(values.float().cpu().numpy()) for name, values in columns.items()})
         if keys is not None:
             table = pa.table({**{n: keys[n] for n in keys.column_names}, **{n: table[n] for n in table.column_names}})
-        try:
+        with self._in_words():
             if self._writer is None:
                 self._filesystem.create_dir(self._folder, recursive=True)
                 self._writer = pq.ParquetWriter(f"{self._path}.tmp", table.schema, filesystem=self._filesystem)
             self._writer.write_table(table)
-        except OSError as error:
-            raise self._refused(error) from None
         self.num_rows += table.num_rows
+
+    def close(self) -> None:
+        """Write the footer and give the file its name."""
+        if self._writer is not None:
+            with self._in_words():
+                self._writer.close()
+                self._filesystem.move(f"{self._path}.tmp", self._path)
+        self._writer = None
 
     def __enter__(self) -> "PredictionFile":
         return self
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        refused, written = self._close(), f"{self._path}.tmp"
-        if kind is None and refused is None and self._writer is not None:
-            self._filesystem.move(written, self._path)
-        elif self._filesystem.get_file_info(written).type == pyarrow.fs.FileType.File:
-            self._filesystem.delete_file(written)
-        if kind is None and refused:
-            raise refused
-
-    def _close(self) -> UserError | None:
-        """Write the footer: a disk may be found full only now."""
-        try:
-            if self._writer is not None:
+        if kind is None:
+            self.close()
+        elif self._writer is not None:
+            with contextlib.suppress(OSError):
                 self._writer.close()
-        except OSError as error:
-            return self._refused(error)
-        return None
+            self._remove()
 
-    def _refused(self, error: OSError) -> UserError:
-        return UserError(
-            "predictions cannot be written", self._path, got=str(error), do="free space or choose another --out"
-        )
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Trouble with the disk becomes an error in words, and what was written so far is removed."""
+        try:
+            yield
+        except OSError as error:
+            self._remove()
+            do = "free space or choose another --out"
+            raise UserError("predictions cannot be written", self._path, got=str(error), do=do) from None
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._filesystem.delete_file(f"{self._path}.tmp")

@@ -494,3 +494,16 @@ def test_the_thread_runs_ahead_by_no_more_than_its_depth() -> None:
         assert len(made) <= taken + 4 + 1  # in the queue, and one in hand
     del reader
     assert wait_for_no_reader()
+
+
+def test_a_file_whose_column_was_left_without_a_type_reads_as_a_column_of_nulls(tmp_path: Path) -> None:
+    """As pandas writes a column that has no value on that day."""
+    content = table()
+    for name in ("user_id", "history", "price", "click"):
+        content = content.set_column(content.column_names.index(name), name, pa.nulls(ROWS))
+    write_day(tmp_path, content, [[ROWS]])
+    logs = Logs(str(tmp_path), "day", SCHEMA)
+    (batch,) = read(logs, logs.plan(DAY), batch_size=ROWS, lanes=1)
+    assert batch.ids["user"].values_N.numel() == batch.ids["seen"].values_N.numel() == 0
+    assert batch.numbers_BK[:, 0].isnan().all() and batch.labels_BT[:, 0].isnan().all()
+    assert not batch.numbers_BK[:, 1].isnan().any()

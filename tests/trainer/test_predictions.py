@@ -34,6 +34,17 @@ def test_keys_come_first_as_they_were_and_then_one_float_column_an_address(tmp_p
     assert found.schema.field("score").type == pa.float32() and found["score"].to_pylist() == [1.0, 2.0, 3.0, 3.0]
 
 
+def test_another_call_with_fewer_workers_removes_the_parts_of_the_first_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "notes.parquet").write_text("mine")
+    for worker, of in ((0, 2), (1, 2), (0, 1)):
+        with PredictionFile(str(tmp_path), worker, of) as file:
+            file.clear()
+            file.write(KEYS, COLUMNS)
+    assert names(tmp_path) == ["notes.parquet", "part-00000-of-00001.parquet"]
+
+
 def test_without_keys_there_are_the_predictions_alone(tmp_path: Path) -> None:
     with PredictionFile(str(tmp_path), 0, 1) as file:
         file.write(None, {"score": torch.tensor([0.5, 0.25], dtype=torch.bfloat16)})  # both exact in bfloat16
