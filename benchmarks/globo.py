@@ -148,7 +148,7 @@ def page(results: Results, parameters: dict[str, int], options: argparse.Namespa
             "# Results on real data",
             "",
             "Written by `python -m benchmarks.globo`; do not edit by hand. The ranking view of the Globo.com click log",
-            "(2.4 million rows in 12 days; clicks, dwell and what follows are real, candidates not clicked are sampled)",
+            "(2.4 million rows in 12 days; clicks, dwell and what follows real, candidates not clicked sampled)",
             "and `configs/globo.yaml`. Every day is scored before it is trained on; means over",
             f"{options.first} .. {options.through} and {options.seeds} seeds, ± the standard deviation over the seeds.",
             f"Dense parameters: {sizes}. `frozen` scores all days with the model of the day before the first.",
