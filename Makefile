@@ -27,9 +27,11 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not slow and not ray"
 
+# Ours and its peers on real data (DATA=folder with day=.../): rewrites docs/results.md.
 bench: $(VENV)/installed
 	$(BIN)/pip install --quiet lightgbm
-	$(BIN)/python -m benchmarks.globo --data $(DATA) --out docs/results.json
+	$(BIN)/python -m benchmarks.globo_peers --data $(DATA) --json $(VENV)/peers.json
+	$(BIN)/python -m benchmarks.globo --data $(DATA) --peers $(VENV)/peers.json
 
 clean:
 	rm -rf $(VENV) $(DEMO)
