@@ -121,7 +121,7 @@ def test_the_same_command_again_trains_nothing_and_tells_the_same(undisturbed) -
 
 def test_a_day_is_predicted_into_parquet_by_the_model_of_the_day_before(undisturbed, tmp_path: Path) -> None:
     night, report = undisturbed
-    said = night.run("predict", "--day", DAYS[2], "--out", str(tmp_path / "scores"))
+    said = night.run("predict", "--day", DAYS[2], "--out", str(tmp_path / "scores"), "--no-ray")
     assert said["trained_through"] == DAYS[1] and said["rows"] == 24_000
     scores = pq.read_table(tmp_path / "scores")
     assert {"impression_id", "user_id", "click@all", "cart@click", "cart@all", "watch@click", "score"} <= set(
