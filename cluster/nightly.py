@@ -56,8 +56,10 @@ def nightly(
     if plans:
         check(config)  # a body or a database that cannot be made is found out now, not after hours
         morning.open()
-        train(config, plans, use_ray=use_ray, on_event=hear)
-        morning.decide_all()  # a worker that was lost right after a commit never told
+        try:
+            train(config, plans, use_ray=use_ray, on_event=hear)
+        finally:
+            morning.decide_all()  # also when the night ended early, or a worker was lost before it told of a commit
     trained = {plan.day for plan in plans}
     days = [d for d in checkpoints.days() if (first is None or d >= first) and (through is None or d <= through)]
     return {"model": config.name, "days": [day_entry(checkpoints, day, day in trained) for day in days]}
@@ -188,9 +190,8 @@ class Morning:
 
     def _log(self, checkpoint: Checkpoint, decision: Decision) -> str:
         report = checkpoint.report
-        metrics = {
-            k.replace(".", "/"): v for k, v in flatten(report).items() if isinstance(v, int | float) and k != "day"
-        }
+        counted = flatten({key: value for key, value in report.items() if key != "metrics"})
+        metrics = {key.replace(".", "/"): value for key, value in counted.items() if isinstance(value, int | float)}
         history = [
             (str(d), flatten_metrics(self._checkpoints.open(d).report))
             for d in self._checkpoints.days()
@@ -199,7 +200,7 @@ class Morning:
         return self._tracking.log_day(
             report["day"],
             params=flatten(as_dict(self._config)),
-            metrics=metrics,
+            metrics=flatten_metrics(report) | metrics,
             tags={
                 "checkpoint": checkpoint.id,
                 "state": decision.state,
