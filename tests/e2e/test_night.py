@@ -78,7 +78,7 @@ class Night:
         while not manifest.exists():
             assert time.monotonic() < deadline, self.error
             time.sleep(0.05)
-        time.sleep(2.0)
+        time.sleep(0.7)
         assert not (manifest.parents[1] / "day=2026-11-02" / "manifest.json").exists(), (
             "the day was over too soon to be disturbed"
         )
