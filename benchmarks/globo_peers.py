@@ -3,7 +3,8 @@
 In: the folder that holds `day=2017-10-01/` and so on. Out: a table, and with --json all metrics by peer, seed and day.
 Each day is scored before it is trained on. `lightgbm` is fitted anew for each day, on the WINDOW_DAYS days before it;
 `lightgbm_frozen` scores all days with the trees fitted for the first one. The clicks and what follows them are real,
-the candidates that were not clicked are sampled. PARAMETERS were settled on 2017-10-06 and 10-07: not evaluated.
+the candidates that were not clicked are sampled. PARAMETERS were settled on 2017-10-06 and
+10-07, which are not evaluated, after a first look at the learning rate on 10-08 and 10-12.
 
     python -m benchmarks.globo_peers --data PATH [--seeds 3] [--json OUT.json]
 """
