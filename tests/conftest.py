@@ -1,10 +1,12 @@
-"""Small simulated logs and a configuration over them, shared by the tests that train."""
+"""What several tests share: small simulated logs, a configuration over them, the command line in this process."""
 
 import datetime
+import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -58,3 +60,34 @@ def small_config(simulated: Path, tmp_path: Path) -> Callable[..., Any]:
     path = tmp_path / "small.yaml"
     path.write_text(CONFIG.replace("LOGS", str(simulated / "logs")).replace("ROOT", str(tmp_path)))
     return lambda *overrides: load(str(path), overrides)
+
+
+class Ended(NamedTuple):
+    code: Any
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The last line of stdout. NaN and Infinity, which Python would take, are no JSON."""
+        value = json.loads(self.out.splitlines()[-1], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert isinstance(value, dict)
+        return value
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def daybreak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process."""
+
+    from cluster.cli import main
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["daybreak", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Ended(ended.value.code, *capsys.readouterr())
+
+    return run

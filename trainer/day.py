@@ -62,7 +62,7 @@ def train_day(
     exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
     shard.reset_counts()
     losses_T = torch.zeros(len(learner.graph.tasks))
-    nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels))
+    nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels), dtype=torch.int64)
     steps = done = 0
     reader = logs.read(
         plan,
@@ -81,7 +81,7 @@ def train_day(
     losses = dict(zip(learner.graph.tasks, (exchange.all_reduce(losses_T) / steps).tolist(), strict=True))
     check_finite(learner, losses)
     columns = [*schema.ids, *schema.numbers, *schema.labels]
-    counted = dict(zip(columns, exchange.all_reduce(nulls).long().tolist(), strict=True))
+    counted = dict(zip(columns, exchange.all_reduce(nulls).tolist(), strict=True))
     return {
         "steps": steps,
         "losses": losses,

@@ -5,18 +5,16 @@ allowed, the logs themselves for what predict copies, and the night's own report
 """
 
 import datetime
-import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Ended, Run
 
 import cluster.doctor
 from cluster import cli
@@ -40,35 +38,6 @@ checkpoints: {path: checkpoints}
 """
 DAYS = ["2026-11-01", "2026-11-02", "2026-11-03"]
 SIMULATE = f"simulate . --days 3 --rows-per-day 800 --users 60 --items 40 --start {DAYS[0]}".split()
-
-
-class Ended(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The last line of stdout. NaN and Infinity, which Python would take, are no JSON."""
-        value = json.loads(self.out.splitlines()[-1], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-        assert isinstance(value, dict)
-        return value
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def daybreak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process."""
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["daybreak", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

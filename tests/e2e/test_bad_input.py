@@ -13,11 +13,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Ended, Run
 from small_disk import fill, small_disk
 
 from cluster.cli import main
@@ -48,28 +48,6 @@ FIRST = datetime.date(2026, 11, 1)
 DAY, SECOND = "2026-11-02", "logs/day=2026-11-02"
 TRAIN = ("train", "model.yaml", "--day", DAY, "--no-ray")
 NIGHTLY = ("nightly", "model.yaml", "--no-ray")
-
-
-class Ended(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def daybreak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process."""
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["daybreak", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Ended(ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
