@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from cluster.nightly import Morning, open_checkpoints, run, teller
-from trainer.agree import agreed, together
+from trainer.agree import together
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config, absolute
 from trainer.data import DayPlan
-from trainer.day import score_day
+from trainer.day import score_day, shares
 from trainer.errors import UserError
 from trainer.learner import build, check, open_logs
 from trainer.predictions import PredictionFile
@@ -73,16 +73,9 @@ def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpo
     graph = learner.graph
     powers = config.fusion.powers or dict.fromkeys(list(graph.addresses)[:1], 1.0)
     open_checkpoints(config).load(learner, checkpoint)
-    reader = logs.read(
-        plan,
-        batch_size=config.train.batch_size,
-        lanes=config.data.lanes,
-        rank=exchange.rank,
-        num_workers=exchange.num_workers,
-    )
     with PredictionFile(out, exchange.rank, exchange.num_workers) as file:
         together(exchange, file.clear)
-        for batch in agreed(exchange, reader):
+        for batch in shares(learner, logs, plan, config.train.batch_size, config.data.lanes):
             predictions = graph.predictions(score_step(learner, batch))
             columns = predictions | {
                 address: graph.tasks[address.split("@")[0]].to_label(predictions[address])

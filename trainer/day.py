@@ -5,7 +5,7 @@ Every function is collective: all workers call it with the same plan.
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.agree import agreed
-from trainer.data import DayPlan, Logs
+from trainer.data import Batch, DayPlan, Logs
 from trainer.errors import UserError
 from trainer.learner import Learner
 from trainer.metrics import Evaluation
@@ -22,6 +22,17 @@ from trainer.step import score_step, train_step
 Progress: TypeAlias = Callable[
     [str, int], None
 ]  # what is being done ("score", "train"), and on how many of the day's rows it was done
+
+
+def shares(
+    learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, seed: int | None = None
+) -> Iterator[Batch]:
+    """This worker's share of each of a day's global batches; bad data that one worker meets is raised on all."""
+    exchange = learner.exchange
+    reader = logs.read(
+        plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers, seed=seed
+    )
+    return agreed(exchange, reader)
 
 
 def score_day(
@@ -33,10 +44,7 @@ def score_day(
     exchange, graph = learner.exchange, learner.graph
     mine = Evaluation(graph.addresses, gauc)
     done = 0
-    for batch in agreed(
-        exchange,
-        logs.read(plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers),
-    ):
+    for batch in shares(learner, logs, plan, batch_size, lanes):
         predictions = graph.predictions(score_step(learner, batch))
         for address, answers_B in graph.answers(batch.labels_BT).items():
             mine.add(address, predictions[address], answers_B, batch.groups_B)
@@ -64,15 +72,7 @@ def train_day(
     losses_T = torch.zeros(len(learner.graph.tasks))
     nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels), dtype=torch.int64)
     steps = done = 0
-    reader = logs.read(
-        plan,
-        batch_size=batch_size,
-        lanes=lanes,
-        rank=exchange.rank,
-        num_workers=exchange.num_workers,
-        seed=learner.seed,
-    )
-    for batch in agreed(exchange, reader):
+    for batch in shares(learner, logs, plan, batch_size, lanes, learner.seed):
         losses_T += train_step(learner, batch, plan.day.toordinal()).cpu()
         empty = [(ids.lengths_B == 0).sum() for ids in batch.ids.values()]
         nulls += torch.stack([*empty, *batch.numbers_BK.isnan().sum(0), *batch.labels_BT.isnan().sum(0)])
