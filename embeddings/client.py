@@ -1,143 +1,199 @@
 """ShardedEmbeddings: pull the distinct rows of a batch, push their gradients back.
 
-    pull: ids -> dedupe per table -> keys, sorted = grouped by owner -> all-to-all -> owner: rows of keys, lookup
-          rows_UD, a leaf that autograd sees                         <- all-to-all <-
+    pull: ids -> keys, deduped, grouped by owner -> all-to-all -> owner: deduped again, a row each, lookup
+          rows_UD, a leaf that autograd sees     <- all-to-all <-
     push: rows_UD.grad -> the same way out -> owner: sum what several workers sent for a row, one optimizer step a row
 
-No collective hides inside autograd: pull and push are plain calls, once a step each.
+No collective hides inside autograd: pull and push are plain calls, once a step each. Ids, keys and who has which row
+live on the host; rows on the device.
 
-Shape letters: B rows of the batch, N ids of one feature, U distinct ids of all tables of one width, D floats a row, T
-tables of that width, W workers, V keys that an owner received (from all workers, repeats included).
+Shape letters: B rows of the batch, N ids of one pool's features, U distinct pairs (table, key) of a worker's batch, V
+pairs that an owner received, O distinct ones of these, D numbers a row, C tallies, E kinds of events, L labels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from embeddings.buckets import hash64, shard_sizes
-from embeddings.exchange import Exchange
+from embeddings.buckets import keys_of
+from embeddings.dedupe import Bytes, Distinct, Int64s, distinct
 from embeddings.jagged import Jagged
+from embeddings.pool import RowPool
 from embeddings.shard import Shard
+from embeddings.tallies import IMPRESSIONS, SIGHTINGS, add_happened, add_rows
+
+_TABLE_SHIFT = 48  # a pair and its sightings travel as two numbers: the key, and the table above the count
 
 
 @dataclass
 class _Route:
-    """How the distinct rows of one width travelled, for the way back."""
+    """How the rows of one pool travelled, for the way back."""
 
-    sent_WT: Tensor  # keys this worker sent to each owner, by table
-    received_WT: Tensor  # keys each worker sent here
-    owned_rows: Tensor  # distinct rows here
-    owned_of_V: Tensor  # for each key received, its place in owned_rows
+    sent_W: list[int]  # pairs this worker sent to each owner
+    received_W: list[int]  # pairs each worker sent here
+    rows_O: Int64s  # of the distinct pairs here, -1 where there is none
+    table_O: Bytes
+    owned_of_V: Tensor | None  # for each pair received, its place in rows_O; None when they are the same
 
 
 @dataclass
-class Pulled:
-    """The distinct rows of a batch. rows_UD: by width, leaves that collect gradients. index_N: each feature's ids as
-    places in them.
+class Block:
+    """The rows of the features whose tables share a pool. rows_UD: a leaf that collects gradients. ids: all features'
+    lists, one feature after the other, as places in the rows. statistics_UC: what happened to each before this batch.
     """
 
-    rows_UD: dict[int, Tensor]
-    index_N: dict[str, Tensor]
-    offsets: dict[str, Tensor]
-    routes: dict[int, _Route] = field(repr=False)
+    features: list[str]
+    rows_UD: Tensor
+    statistics_UC: Tensor
+    ids: Jagged
+    pool: RowPool = field(repr=False)
+    route: _Route = field(repr=False)
 
 
 class ShardedEmbeddings:
-    """All tables, sharded over the workers of an exchange.
+    """All tables, sharded over the workers.
 
-    feature_tables: the table that each id feature reads; several features may share one.
+    feature_tables: the table that each id feature reads; several features may share one. own: the features that name
+    a row's own ids, on which what happens on the row is counted; the others (a history) only mention ids. payload: the
+    type in which rows and gradients travel.
     """
 
-    def __init__(self, shard: Shard, exchange: Exchange, feature_tables: Mapping[str, str]):
-        self.shard, self.exchange, self.feature_tables = shard, exchange, dict(feature_tables)
-        self._tables_of_dim = {dim: [n for n, t in shard.tables.items() if t.dim == dim] for dim in shard.pools}
+    def __init__(
+        self,
+        shard: Shard,
+        feature_tables: Mapping[str, str],
+        *,
+        own: Collection[str] = (),
+        payload: torch.dtype = torch.float32,
+    ):
+        self.shard, self.exchange, self._own, self._payload = shard, shard.exchange, frozenset(own), payload
+        by_number = sorted(feature_tables, key=lambda feature: shard.number[feature_tables[feature]])
+        self._features = [
+            [(f, shard.number[feature_tables[f]]) for f in by_number if shard.number[feature_tables[f]] in pool.tables]
+            for pool in shard.pools
+        ]
+        self._trained_defaults = [
+            np.array([t for t in pool.tables if shard.tables[shard.names[t]].default_row == "trained"], np.uint8)
+            for pool in shard.pools
+        ]
 
-    def pull(self, ids: Mapping[str, Jagged], *, insert: bool) -> Pulled:
-        """Fetch the rows of a batch's ids (collective). Ids without a row get one when insert, else read zeros."""
-        pulled = Pulled({}, {}, {feature: jagged.offsets for feature, jagged in ids.items()}, {})
-        for dim, tables in self._tables_of_dim.items():
-            keys_U = self._dedupe(tables, ids, pulled.index_N)
-            rows_UD, pulled.routes[dim] = self._fetch(dim, tables, keys_U, insert)
-            pulled.rows_UD[dim] = rows_UD.requires_grad_(insert)
-        return pulled
+    def pull(self, ids: Mapping[str, Jagged], *, insert: bool, labels_BL: Tensor | None = None) -> list[Block]:
+        """Fetch the rows of a batch's ids (collective).
 
-    def push(self, pulled: Pulled) -> None:
+        insert: training: ids that are due get a row, and what happened is counted. labels_BL: what happened on each
+        row, whole numbers in the order of the shard's labels. An id without a row reads its table's default row.
+        """
+        return [
+            self._pull(pool, features, ids, insert, labels_BL)
+            for pool, features in zip(self.shard.pools, self._features, strict=True)
+            if features
+        ]
+
+    def _pull(
+        self,
+        pool: RowPool,
+        features: list[tuple[str, int]],
+        ids: Mapping[str, Jagged],
+        insert: bool,
+        labels_BL: Tensor | None,
+    ) -> Block:
+        every = Jagged.cat([ids[name] for name, _ in features])
+        numbers, lengths = np.array([t for _, t in features], np.uint8), [ids[n].values_N.numel() for n, _ in features]
+        batch = distinct(keys_of(every.values_N.cpu().numpy()), np.repeat(numbers, lengths), self.exchange.num_workers)
+        if insert:
+            np.add.at(self.shard.counts["ids"], numbers, lengths)
+            self.shard.count("distinct", batch.table_U)
+        event_UE = self._events(batch, [name for name, _ in features], ids, labels_BL)
+        rows_UD, statistics_UC, route = self._fetch(pool, batch, event_UE, insert)
+        index = Jagged(torch.from_numpy(batch.index_N), every.offsets).to(self.shard.device)
+        return Block([name for name, _ in features], rows_UD.requires_grad_(insert), statistics_UC, index, pool, route)
+
+    def _events(
+        self, batch: Distinct, features: list[str], ids: Mapping[str, Jagged], labels_BL: Tensor | None
+    ) -> Int64s:
+        """What happened to each pair in this worker's batch, in the order of the ledger's events: [U, E]."""
+        events = self.shard.ledger.events
+        event_UE = np.zeros((batch.key_U.size, len(events)), np.int64)
+        event_UE[:, events.index(SIGHTINGS)] = batch.count_U
+        if len(events) == 1 or labels_BL is None:
+            return event_UE
+        happened_BE = np.zeros((labels_BL.shape[0], len(events)), np.int64)
+        for e, event in enumerate(events):
+            if event == IMPRESSIONS:
+                happened_BE[:, e] = 1
+            elif event != SIGHTINGS:
+                happened_BE[:, e] = labels_BL[:, self.shard.labels.index(event)].cpu().numpy()
+        first = 0
+        for name in features:
+            end = first + ids[name].values_N.numel()
+            if name in self._own:
+                add_happened(event_UE, batch.index_N[first:end], ids[name].offsets.cpu().numpy(), happened_BE)
+            first = end
+        return event_UE
+
+    def _fetch(self, pool: RowPool, batch: Distinct, event_UE: Int64s, insert: bool) -> tuple[Tensor, Tensor, _Route]:
+        shard, workers = self.shard, self.exchange.num_workers
+        key_O, table_O, event_OE, owned_of_V = batch.key_U, batch.table_U, event_UE, None
+        sent_W = received_W = batch.sizes_W.tolist()
+        if workers > 1:
+            received_W = self.exchange.all_to_all(torch.tensor(sent_W), [1] * workers, [1] * workers).tolist()
+            message = torch.from_numpy(np.column_stack([batch.key_U, event_UE]))
+            message[:, 1] |= torch.from_numpy(batch.table_U.astype(np.int64) << _TABLE_SHIFT)
+            arrived = self.exchange.all_to_all(message, sent_W, received_W).numpy()
+            event_VE = arrived[:, 1:].copy()
+            event_VE[:, 0] &= (1 << _TABLE_SHIFT) - 1
+            owned = distinct(arrived[:, 0].copy(), (arrived[:, 1] >> _TABLE_SHIFT).astype(np.uint8))
+            key_O, table_O = owned.key_U, owned.table_U
+            event_OE = np.zeros((key_O.size, event_VE.shape[1]), np.int64)
+            add_rows(event_OE, owned.index_N, event_VE)
+            owned_of_V = torch.from_numpy(owned.index_N).to(shard.device)
+        if insert:
+            rows_O, statistics_OC = shard.meet(pool, key_O, table_O, event_OE)
+        else:
+            rows_O, statistics_OC = shard.find(pool, key_O, table_O)
+        rows_OD = pool.lookup(np.where(rows_O < 0, pool.default_rows(table_O), rows_O))
+        route = _Route(sent_W, received_W, rows_O, table_O, owned_of_V)
+        statistics = self._back(torch.from_numpy(statistics_OC).to(shard.device), route, torch.float32)
+        return self._back(rows_OD, route, self._payload), statistics, route
+
+    def _back(self, owned: Tensor, route: _Route, payload: torch.dtype) -> Tensor:
+        """From the owner to those who asked."""
+        if route.owned_of_V is None or owned.shape[1] == 0:
+            return owned.to(payload).float() if route.owned_of_V is None else owned.new_zeros(sum(route.sent_W), 0)
+        parts = owned.to(payload).index_select(0, route.owned_of_V)
+        return self.exchange.all_to_all(parts, route.received_W, route.sent_W).float()
+
+    def push(self, blocks: list[Block]) -> None:
         """Send the rows' gradients to their owners, which make one optimizer step a row (collective)."""
-        for dim, route in pulled.routes.items():
-            grad = pulled.rows_UD[dim].grad
-            grad_UD = torch.zeros_like(pulled.rows_UD[dim]) if grad is None else grad
-            outgoing = _by_worker(grad_UD, route.sent_WT)
-            incoming_VD = self.exchange.all_to_all(outgoing, *_sizes(route.sent_WT, route.received_WT))
-            incoming_VD = _by_table(incoming_VD, route.received_WT)
-            owned = route.owned_rows.numel()
-            summed_UD = incoming_VD.new_zeros(owned, dim).index_add_(0, route.owned_of_V, incoming_VD)
-            self.shard.pools[dim].update(route.owned_rows, summed_UD)
+        for block, trained in zip(blocks, self._trained_defaults, strict=True):
+            route, pool = block.route, block.pool
+            grad_UD = torch.zeros_like(block.rows_UD) if block.rows_UD.grad is None else block.rows_UD.grad
+            summed_OD = grad_UD.to(self._payload).float()
+            if route.owned_of_V is not None:
+                arrived_VD = self.exchange.all_to_all(grad_UD.to(self._payload), route.sent_W, route.received_W)
+                summed_OD = grad_UD.new_zeros(route.rows_O.size, pool.dim)
+                summed_OD.index_add_(0, route.owned_of_V, arrived_VD.float())
+            if trained.size:
+                self._train_defaults(pool, trained, route, summed_OD)
+            has_row = route.rows_O >= 0
+            if has_row.all():
+                pool.update(route.rows_O, summed_OD)
+            else:
+                pool.update(route.rows_O[has_row], summed_OD[torch.from_numpy(has_row)])
 
-    def _dedupe(self, tables: list[str], ids: Mapping[str, Jagged], index_N: dict[str, Tensor]) -> list[Tensor]:
-        """Distinct keys of each table, sorted; index_N receives each feature's ids as places in their concatenation."""
-        keys, first = [], 0
-        for table in tables:
-            features = [name for name in ids if self.feature_tables[name] == table]
-            values = [ids[name].values_N for name in features]
-            every_id = torch.cat(values) if values else torch.empty(0, dtype=torch.int64, device=self.shard.device)
-            distinct, index = torch.unique(hash64(every_id), return_inverse=True)
-            for name, part in zip(features, (index + first).split([v.numel() for v in values]), strict=True):
-                index_N[name] = part
-            self.shard.counts[table].ids += every_id.numel()
-            self.shard.counts[table].distinct += distinct.numel()
-            keys.append(distinct)
-            first += distinct.numel()
-        return keys
-
-    def _fetch(self, dim: int, tables: list[str], keys: list[Tensor], insert: bool) -> tuple[Tensor, _Route]:
-        workers = self.exchange.num_workers
-        sent_WT = torch.stack([shard_sizes(k, workers) for k in keys], dim=1)
-        each = [len(tables)] * workers
-        received_WT = self.exchange.all_to_all(sent_WT.flatten(), each, each).view(workers, len(tables))
-        sizes = _sizes(sent_WT, received_WT)
-        arrived_V = self.exchange.all_to_all(_by_worker(torch.cat(keys), sent_WT), *sizes)
-        owned_rows, owned_of_V = self._rows_of(
-            tables, _by_table(arrived_V, received_WT), received_WT.sum(0).tolist(), insert
-        )
-        rows_VD = self.shard.pools[dim].lookup(owned_rows)[owned_of_V]
-        rows_UD = self.exchange.all_to_all(_by_worker(rows_VD, received_WT), *reversed(sizes))
-        return _by_table(rows_UD, sent_WT), _Route(sent_WT, received_WT, owned_rows, owned_of_V)
-
-    def _rows_of(self, tables: list[str], keys_V: Tensor, sizes: list[int], insert: bool) -> tuple[Tensor, Tensor]:
-        """Distinct rows of the keys received, and each key's place among them."""
-        rows, places, first = [], [], 0
-        for table, keys in zip(tables, keys_V.split(sizes), strict=True):
-            if self.exchange.num_workers > 1:
-                keys, place = torch.unique(keys, return_inverse=True)
-            else:  # one worker's keys are distinct and sorted already
-                place = torch.arange(keys.numel(), device=keys.device)
-            rows.append(self.shard.rows_of(table, keys, insert=insert))
-            places.append(place + first)
-            first += keys.numel()
-        return torch.cat(rows), torch.cat(places)
-
-
-def _sizes(sent_WT: Tensor, received_WT: Tensor) -> tuple[list[int], list[int]]:
-    return sent_WT.sum(1).tolist(), received_WT.sum(1).tolist()
-
-
-def _by_worker(by_table: Tensor, sizes_WT: Tensor) -> Tensor:
-    """Reorder parts that lie table by table, within each worker by worker, to worker by worker, within each table by
-    table.
-    """
-    return _transpose(by_table, sizes_WT.T)
-
-
-def _by_table(by_worker: Tensor, sizes_WT: Tensor) -> Tensor:
-    return _transpose(by_worker, sizes_WT)
-
-
-def _transpose(tensor: Tensor, sizes: Tensor) -> Tensor:
-    """Cut tensor into sizes[i][j] parts, i major, and join them j major."""
-    outer, inner = sizes.shape
-    if outer == 1 or inner == 1:
-        return tensor
-    parts = tensor.split(sizes.flatten().tolist())
-    return torch.cat([parts[i * inner + j] for j in range(inner) for i in range(outer)])
+    def _train_defaults(self, pool: RowPool, trained: Bytes, route: _Route, summed_OD: Tensor) -> None:
+        """One step of the default rows that are trained, from the gradients of all ids without a row (collective):
+        every worker keeps the same copy.
+        """
+        defaults, first_rows = pool.default_rows(route.table_O), pool.default_rows(trained)
+        lacking = torch.from_numpy(np.flatnonzero(route.rows_O < 0))
+        total = summed_OD.new_zeros(len(pool.tables), pool.dim + 1)
+        total[:, :-1].index_add_(0, torch.from_numpy(defaults)[lacking], summed_OD[lacking])
+        total[:, -1].index_add_(0, torch.from_numpy(defaults)[lacking], summed_OD.new_ones(lacking.numel()))
+        total = self.exchange.all_reduce(total)
+        rows = first_rows[total[first_rows, -1].cpu().numpy() > 0]
+        pool.update(rows, total[rows, :-1])
+        pool.ids.count_R[rows] += 1

@@ -77,3 +77,23 @@ class CollectiveExchange:
         mine = [tensor.numel()] + [0] * (self.num_workers - 1)
         received = self.all_to_all(tensor, mine, sizes.tolist() if self.rank == 0 else [0] * self.num_workers)
         return list(received.split(sizes.tolist())) if self.rank == 0 else []
+
+
+def smallest(order: Tensor, how_many: int, exchange: Exchange) -> Tensor:
+    """A mask of the how_many smallest over all workers (collective). order: int64 [K, n], each worker's own n items as
+    K words, the first decides, read as unsigned; no two items are equal.
+
+    A radix selection: each round settles 16 bits by one histogram over all workers.
+    """
+    chosen = torch.zeros(order.shape[1], dtype=torch.bool, device=order.device)
+    tied = ~chosen
+    for word in order:
+        for shift in (48, 32, 16, 0):
+            digit = (word >> shift) & 0xFFFF
+            count = exchange.all_reduce(torch.bincount(digit[tied], minlength=1 << 16))
+            up_to = count.cumsum(0)
+            cut = int(torch.searchsorted(up_to, how_many))  # the digit that the last of the smallest has
+            chosen |= tied & (digit < cut)
+            how_many -= int(up_to[cut - 1]) if cut else 0
+            tied &= digit == cut
+    return chosen | tied if how_many else chosen

@@ -1,16 +1,18 @@
-"""The rows themselves: FBGEMM's table-batched kernels, and a plain-torch twin that keeps the same contract.
+"""Where rows are kept: the one place that knows FBGEMM, beside a twin in plain torch that keeps the same contract.
 
-This is the only file that imports fbgemm_gpu. Row optimizers live beside the kernel (optim.py): what arrives here is
-the finished step of each row, applied by the kernel's fastest update, plain SGD with learning rate 1, on CPU and CUDA
-alike.
+A kernel holds R rows of D numbers, float32 or float16, and does two things with them: look up, and subtract a step.
+The optimizer's arithmetic lives in optim.py: on CPU, FBGEMM's fused optimizers cost several times more than the step
+itself, and most of its optimizers have no CPU kernel at all. Its backward is not used either: gathering the rows,
+subtracting and writing them back takes a half to a third of its time on CPU.
 
-Shape letters: U distinct rows, D floats a row, R rows of the kernel.
+Shape letters: R rows, U distinct rows, D numbers a row.
 """
 
 from typing import Protocol
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     EmbeddingLocation,
@@ -19,36 +21,43 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
+_FLOAT16_MAX = 65504.0
+_FLOAT16_DIGITS = 11  # binary digits of its mantissa
+_FLOAT16_EXPONENT = -13  # of its smallest normal number, as frexp gives it
+
 
 class RowKernel(Protocol):
-    """R rows of D floats. Rows passed in are distinct, int64, within 0 .. R - 1."""
+    """R rows of D numbers. Rows passed in are int64, within 0 .. R - 1; those of subtract are distinct."""
 
     @property
     def weight_RD(self) -> Tensor:
-        """All rows, a view: writes go through."""
+        """All rows as they are kept, a view: writes go through."""
         ...
 
     def lookup(self, rows_U: Tensor) -> Tensor:
-        """A copy of the rows: [U, D]."""
+        """A copy of the rows in float32: [U, D]."""
         ...
 
-    def subtract(self, rows_U: Tensor, step_UD: Tensor) -> None:
-        """weight[rows] -= step, in place; every other row keeps its bits."""
+    def subtract(self, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
+        """weight[rows] -= step, in place; every other row keeps its bits. chance: uniform in [0, 1), with which
+        float16 rows are rounded.
+        """
         ...
 
 
 class FbgemmRows:
     """Rows in an FBGEMM table-batched embedding: HOST memory on CPU, DEVICE memory on CUDA. One row a bag, summed."""
 
-    def __init__(self, num_rows: int, dim: int, device: torch.device):
+    def __init__(self, num_rows: int, dim: int, dtype: torch.dtype, device: torch.device):
         cuda = device.type == "cuda"
         location = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
         compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
         self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(num_rows, dim, location, compute)],
             optimizer=EmbOptimType.EXACT_SGD,
-            learning_rate=1.0,
+            weights_precision=SparseType.FP16 if dtype == torch.float16 else SparseType.FP32,
             pooling_mode=PoolingMode.SUM,
+            bounds_check_mode=BoundsCheckMode.NONE,
             device=device,
         )
 
@@ -59,29 +68,45 @@ class FbgemmRows:
 
     def lookup(self, rows_U: Tensor) -> Tensor:
         with torch.no_grad():
-            return self._bags(rows_U)
+            bags: Tensor = self._tbe(rows_U, torch.arange(rows_U.numel() + 1, device=rows_U.device))
+            return bags
 
-    def subtract(self, rows_U: Tensor, step_UD: Tensor) -> None:
-        with torch.enable_grad():
-            self._bags(rows_U).backward(step_UD)
-
-    def _bags(self, rows_U: Tensor) -> Tensor:
-        bags: Tensor = self._tbe(rows_U, torch.arange(rows_U.numel() + 1, device=rows_U.device))
-        return bags
+    def subtract(self, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
+        _subtract(self.weight_RD, rows_U, step_UD, chance_UD)
 
 
 class TorchRows:
     """The twin in plain torch, for the contract tests and for machines without FBGEMM's kernels."""
 
-    def __init__(self, num_rows: int, dim: int, device: torch.device):
-        self._weight = torch.zeros(num_rows, dim, device=device)
+    def __init__(self, num_rows: int, dim: int, dtype: torch.dtype, device: torch.device):
+        self._weight = torch.zeros(num_rows, dim, dtype=dtype, device=device)
 
     @property
     def weight_RD(self) -> Tensor:
         return self._weight
 
     def lookup(self, rows_U: Tensor) -> Tensor:
-        return self._weight[rows_U]
+        return self._weight[rows_U].float()
 
-    def subtract(self, rows_U: Tensor, step_UD: Tensor) -> None:
-        self._weight.index_add_(0, rows_U, step_UD, alpha=-1)
+    def subtract(self, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
+        _subtract(self._weight, rows_U, step_UD, chance_UD)
+
+
+def _subtract(weight_RD: Tensor, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
+    stepped_UD = weight_RD.index_select(0, rows_U).float().sub_(step_UD)
+    if weight_RD.dtype == torch.float16:
+        assert chance_UD is not None, "float16 rows are rounded by chance"
+        stepped_UD = to_float16(stepped_UD, chance_UD)
+    weight_RD.index_copy_(0, rows_U, stepped_UD)
+
+
+def to_float16(x: Tensor, chance: Tensor) -> Tensor:
+    """Round to one of the two nearest float16, to each with the probability that makes the mean exact; the largest
+    float16 stands for everything beyond it. chance: uniform in [0, 1).
+
+    Source: Gupta et al.: Deep learning with limited numerical precision, ICML 2015, section 3.
+    """
+    _, exponent = torch.frexp(x)
+    spacing = torch.ldexp(torch.ones_like(x), exponent.clamp(min=_FLOAT16_EXPONENT) - _FLOAT16_DIGITS)
+    rounded = torch.floor(x / spacing + chance) * spacing
+    return rounded.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()

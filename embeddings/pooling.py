@@ -1,27 +1,96 @@
-"""From a batch's distinct rows to one vector a feature and row.
+"""From a batch's distinct rows to vectors: one sum or mean a feature and row, or the rows themselves in sequence.
 
-Shape letters: B rows of the batch, N ids of the feature, U distinct rows, D floats a row.
+Shape letters: B rows of the batch, G bags, N ids, U distinct rows, D numbers a row, S places of a sequence.
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from embeddings.client import Pulled
+from embeddings.client import Block
+from embeddings.dedupe import transpose
+from embeddings.jagged import Jagged
 
 
-def pool(pulled: Pulled, feature: str, dim: int, *, mean: bool, keep_B: Tensor | None = None) -> Tensor:
-    """The sum (or mean) of the feature's rows: [B, D], zeros for an empty list. keep_B: rows (0/1) whose ids count
-    at all.
+@dataclass(frozen=True)
+class Pooling:
+    """How a feature's ids become one vector. mean: of the rows, else their sum. keep_B: 0/1 for each row of the batch,
+    whether its ids count at all. last: only the last so many ids of a list count.
     """
-    offsets = pulled.offsets[feature]
-    lengths_B = offsets[1:] - offsets[:-1]
-    weight_B = torch.ones_like(lengths_B, dtype=torch.float32) if keep_B is None else keep_B
-    weight_B = weight_B / lengths_B.clamp(min=1) if mean else weight_B
-    return torch.nn.functional.embedding_bag(
-        pulled.index_N[feature],
-        pulled.rows_UD[dim],
-        offsets,
-        mode="sum",
-        per_sample_weights=weight_B.repeat_interleave(lengths_B),
-        include_last_offset=True,
-    )
+
+    mean: bool = True
+    keep_B: Tensor | None = None
+    last: int | None = None
+
+
+def pool(block: Block, poolings: Mapping[str, Pooling]) -> Tensor:
+    """Each feature's vector, zeros for an empty list: [F, B, D], F the block's features in their order."""
+    hows = [poolings[feature] for feature in block.features]
+    bags = _last(block.ids, hows) if any(how.last is not None for how in hows) else block.ids
+    lengths_FB = bags.lengths_B.view(len(hows), -1)
+    scale_FB = torch.ones_like(lengths_FB, dtype=torch.float32)
+    for scale_B, lengths_B, how in zip(scale_FB, lengths_FB, hows, strict=True):
+        if how.mean:
+            scale_B /= lengths_B.clamp(min=1)
+        if how.keep_B is not None:
+            scale_B *= how.keep_B
+    pooled_GD: Tensor = _Bags.apply(block.rows_UD, bags, scale_FB.view(-1, 1))
+    return pooled_GD.view(*lengths_FB.shape, -1)
+
+
+def _last(ids: Jagged, hows: Sequence[Pooling]) -> Jagged:
+    """The lists without those ids that a feature's `last` leaves out."""
+    most_F = torch.tensor([ids.values_N.numel() if how.last is None else how.last for how in hows])
+    most_G = most_F.to(ids.offsets.device).repeat_interleave(ids.num_rows // len(hows))
+    return _tails(ids, torch.minimum(ids.lengths_B, most_G))
+
+
+def _tails(ids: Jagged, taken_G: Tensor) -> Jagged:
+    """The last so many values of each list."""
+    shorter = Jagged.from_lengths(ids.values_N, taken_G)
+    shift_G = (ids.offsets[1:] - taken_G) - shorter.offsets[:-1]
+    places = torch.arange(int(shorter.offsets[-1]), device=taken_G.device) + shift_G.repeat_interleave(taken_G)
+    return Jagged(ids.values_N[places], shorter.offsets)
+
+
+def sequence(block: Block, feature: str, length: int) -> tuple[Tensor, Tensor]:
+    """A feature's last `length` ids of each row in their order, unpooled: rows [B, S, D], zeros behind the end, and
+    whether there is an id: bool [B, S].
+    """
+    num_rows = block.ids.num_rows // len(block.features)
+    first = block.features.index(feature) * num_rows
+    lists = block.ids.select(torch.arange(first, first + num_rows, device=block.ids.offsets.device))
+    taken_B = lists.lengths_B.clamp(max=length)
+    present_BS = torch.arange(length, device=taken_B.device) < taken_B.unsqueeze(1)
+    one_each = Jagged.from_lengths(_tails(lists, taken_B).values_N, present_BS.flatten().long())
+    rows_GD: Tensor = _Bags.apply(block.rows_UD, one_each, None)
+    return rows_GD.view(num_rows, length, -1), present_BS
+
+
+class _Bags(torch.autograd.Function):
+    """The sum of each bag's rows, times the bag's scale: [G, D]. Backward is the same operation turned round: for each
+    row the sum over the bags that hold it. Autograd's own backward of embedding_bag takes ten times as long on CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_UD: Tensor, bags: Jagged, scale_G1: Tensor | None) -> Tensor:
+        ctx.bags, ctx.scale_G1, ctx.num_rows = bags, scale_G1, rows_UD.shape[0]
+        pooled_GD = _sum(rows_UD, bags.values_N, bags.offsets)
+        return pooled_GD if scale_G1 is None else pooled_GD.mul_(scale_G1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None, None]:
+        scaled_GD = grad_GD.contiguous() if ctx.scale_G1 is None else grad_GD * ctx.scale_G1
+        turned = transpose(ctx.bags.values_N.cpu().numpy(), ctx.bags.offsets.cpu().numpy(), ctx.num_rows)
+        bags_N, offsets = (torch.from_numpy(array).to(grad_GD.device) for array in turned)
+        return _sum(scaled_GD, bags_N, offsets), None, None
+
+
+def _sum(rows: Tensor, index_N: Tensor, offsets: Tensor) -> Tensor:
+    if rows.shape[0] == 0:
+        return rows.new_zeros(offsets.numel() - 1, rows.shape[1])
+    return embedding_bag(index_N, rows, offsets, mode="sum", include_last_offset=True)

@@ -11,7 +11,8 @@ PACKAGES = ["embeddings", "trainer", "cluster"]
 # Reading order is import order. A file may import those before it, in its own package, and anything of the packages on
 # the left.
 ORDER = {
-    "embeddings": "table jagged buckets idmap kernels optim pool shard exchange client pooling snapshot",
+    "embeddings": "table jagged buckets dedupe idmap exchange kernels optim pool tallies admission shard accounts client "
+    "pooling freeze snapshot",
     "trainer": "errors config data draws numbers bodies heads features model losses learner step metrics agree "
     "checkpoint predictions pictures tracking day workers",
     "cluster": "simulate registry nightly predict doctor tables cli",
@@ -20,6 +21,7 @@ ORDER = {
 # Who may import what is large, slow to start, or likely to change under us.
 DOORS = {
     "fbgemm_gpu": {"embeddings/kernels.py"},
+    "numba": {f"embeddings/{name}.py" for name in ("buckets", "dedupe", "idmap", "tallies", "admission")},
     "ray": {"trainer/workers.py"},
     "mlflow": {"trainer/tracking.py"},
     "matplotlib": {"trainer/pictures.py"},

@@ -2,7 +2,7 @@
 
     <path>/<model>/day=2026-11-20/manifest.json                                  written last: the commit
     <path>/<model>/day=2026-11-20/decision.json                                  promoted or held, and why
-    <path>/<model>/day=2026-11-20/<attempt>/rows/<table>/00000-of-00002.parquet  one a table and shard
+    <path>/<model>/day=2026-11-20/<attempt>/rows/<table>/rows-0000-2047.parquet  by buckets: embeddings/snapshot.py
     <path>/<model>/day=2026-11-20/<attempt>/dense.safetensors                    dense net, optimizer, statistics
 
 Every attempt writes into a folder of its own, so one that was killed is never mixed with the next. Every file's size
@@ -16,7 +16,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from embeddings.buckets import NUM_BUCKETS
 from embeddings.exchange import Exchange
-from embeddings.snapshot import load_table, overlapping, save_table
+from embeddings.shard import TooManyRows
+from embeddings.snapshot import Layer, Part, Snapshot, load
 from trainer.agree import gather_json, together
 from trainer.data import list_folder, open_filesystem, parse_day
 from trainer.errors import UserError
@@ -36,6 +37,7 @@ from trainer.learner import Learner
 
 FORMAT = 1
 Result = TypeVar("Result")
+_ROWS = "rows"
 _DAY = "day="
 _UNDO = "undo the change of the configuration, or train under a new name"
 
@@ -141,6 +143,14 @@ class Checkpoints:
     def load(self, learner: Learner, checkpoint: Checkpoint) -> None:
         """Fill a fresh learner from a checkpoint of any number of workers. Collective."""
         together(learner.exchange, lambda: self._stored(lambda: self._read_parts(learner, checkpoint)))
+        try:
+            learner.embeddings.shard.fit()
+        except TooManyRows as error:
+            got, expected = f"{error.rows} rows", f"at most {error.capacity_rows}, its capacity_rows"
+            do = "raise capacity_rows, let it grow (grow: true), or evict (when_full: evict)"
+            raise UserError(
+                "a table holds more rows than it may", f"tables.{error.table}", got=got, expected=expected, do=do
+            ) from None
 
     def _folder(self, day: datetime.date) -> str:
         return f"{self._root}/{_DAY}{day}"
@@ -154,14 +164,10 @@ class Checkpoints:
         return f"{int(learner.exchange.all_reduce(torch.tensor([mine])).item()):012x}"
 
     def _write_parts(self, learner: Learner, folder: str) -> dict[str, dict[str, Any]]:
-        exchange, shard = learner.exchange, learner.embeddings.shard
-        files = {}
-        for table in shard.tables:
-            path = f"{folder}/rows/{table}/{exchange.rank:05d}-of-{exchange.num_workers:05d}.parquet"
-            self._filesystem.create_dir(f"{folder}/rows/{table}", recursive=True)
-            rows = save_table(shard, table, self._filesystem, path)
-            files[path.removeprefix(f"{folder}/")] = self._fingerprint(path) | {"rows": rows}
-        if exchange.rank == 0:
+        parts = Snapshot(learner.embeddings.shard, base=True).write(self._filesystem, f"{folder}/{_ROWS}")
+        files = {f"{_ROWS}/{p.path}": self._fingerprint(f"{folder}/{_ROWS}/{p.path}") | asdict(p) for p in parts}
+        if learner.exchange.rank == 0:
+            self._filesystem.create_dir(folder, recursive=True)
             path = f"{folder}/dense.safetensors"
             self._write(path, safetensors.torch.save(_dense_state(learner)))
             files["dense.safetensors"] = self._fingerprint(path)
@@ -181,8 +187,7 @@ class Checkpoints:
                 self._filesystem.delete_dir(folder)
 
     def _read_parts(self, learner: Learner, checkpoint: Checkpoint) -> None:
-        exchange, shard, manifest = learner.exchange, learner.embeddings.shard, checkpoint.manifest
-        saved = manifest["num_shards"]
+        shard, manifest = learner.embeddings.shard, checkpoint.manifest
         for what, names in learner.order.items():
             if manifest["order"][what] != names:  # the dense net would take one for another
                 got, expected = ", ".join(names), ", ".join(manifest["order"][what])
@@ -194,12 +199,11 @@ class Checkpoints:
             if known["dim"] != table.dim:
                 got, expected = f"dim {table.dim}", f"dim {known['dim']}"
                 raise UserError("the table's width changed", f"tables.{name}", got=got, expected=expected, do=_UNDO)
-            parts = [
-                f"rows/{name}/{s:05d}-of-{saved:05d}.parquet"
-                for s in overlapping(exchange.rank, exchange.num_workers, saved)
-            ]
-            paths = [self._verified(checkpoint, part) for part in parts]
-            load_table(shard, name, self._filesystem, paths, exchange.rank, exchange.num_workers)
+        saved = Layer("", [_part(entry) for file, entry in manifest["files"].items() if file.startswith(_ROWS)])
+        needed = Layer(f"{checkpoint.folder}/{manifest['attempt']}/{_ROWS}", saved.overlapping(shard.buckets))
+        for part in needed.parts:
+            self._verified(checkpoint, f"{_ROWS}/{part.path}")
+        load(shard, self._filesystem, [needed])
         path = self._verified(checkpoint, "dense.safetensors")
         _load_dense_state(learner, safetensors.torch.load(self._read(path)), path)
 
@@ -248,6 +252,11 @@ class Checkpoints:
         except (OSError, pa.ArrowException, safetensors.SafetensorError) as error:
             do = "free space or mend the storage, then run the same command again: the day before is untouched"
             raise UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do) from None
+
+
+def _part(entry: dict[str, Any]) -> Part:
+    first, end = entry["buckets"]
+    return Part(entry["path"], entry["table"], entry["kind"], (first, end), entry["rows"])
 
 
 def _digest(manifest: dict[str, Any]) -> str:

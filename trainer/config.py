@@ -18,6 +18,7 @@ import pydantic
 import yaml
 
 from embeddings.table import TableConfig
+from embeddings.tallies import IMPRESSIONS, SIGHTINGS
 from trainer.errors import UserError
 
 _NAME = re.compile(r"\w[\w.-]*")
@@ -113,9 +114,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RowsConfig:
-    optimizer: Literal["rowwise_adagrad"] = "rowwise_adagrad"
-    lr: float = 0.05
-    eps: float = 1e-8
+    """The optimizer of the tables' rows, and its settings: those not given are the optimizer's own defaults."""
+
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "ftrl"] = "rowwise_adagrad"
+    lr: float | None = None
+    eps: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    beta: float | None = None
+    l1: float | None = None
+    l2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,14 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """batch_size: rows of a step over all workers together, so that the number of workers never changes the answer."""
+    """batch_size: rows of a step over all workers together, so that the number of workers never changes the answer.
+    payload: how rows and their gradients travel between workers.
+    """
 
     workers: int = 2
     batch_size: int = 4096
     precision: Literal["fp32", "bf16"] = "fp32"
+    payload: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
     rows: RowsConfig = field(default_factory=RowsConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
@@ -383,6 +394,10 @@ def _check_names(config: Config, where: str) -> None:
         if task.loss == "bce" and (task.transform != "none" or task.scale != 1):
             got, do = f"transform: {task.transform}, scale: {task.scale}", "drop them, or set loss: mse"
             raise UserError("transform and scale go with loss: mse", f"{where}: tasks.{name}", got=got, do=do)
+    events = [SIGHTINGS, IMPRESSIONS, *(name for name, task in config.tasks.items() if task.loss == "bce")]
+    for name, table_config in config.tables.items():
+        for event in table_config.value:
+            _known(event, events, f"{where}: tables.{name}.value", "event")
     for name in config.tasks:
         _check_no_circle(config.tasks, name, where)
     if position := config.model.position:
@@ -404,22 +419,42 @@ def _check_no_circle(tasks: Mapping[str, TaskConfig], name: str, where: str) -> 
         at = tasks[at].given or tasks[at].where
 
 
+def _table_bounds(table: TableConfig) -> dict[str, tuple[float, float, float]]:
+    """Each setting's value, lowest and highest; a sketch's counters end at 255."""
+    bounds: dict[str, tuple[float, float, float]] = {
+        "dim": (table.dim, 1, 4096),
+        "capacity_rows": (table.capacity_rows, 1, 2**31),
+        "init_scale": (table.init_scale, 0, 10**6),
+        "min_count": (table.min_count, 1, 255 if table.admission.kind == "sketch" else 2**31),
+        "admission.cells": (table.admission.cells, 1, 2**40),
+        "admission.forget_days": (table.admission.forget_days, 1, 10**6),
+        "value_half_life_days": (table.value_half_life_days, 1e-6, 1e9),
+        **{f"value.{event}": (weight, 0, 10**9) for event, weight in table.value.items()},
+    }
+    if table.ttl_days is not None:
+        bounds["ttl_days"] = (table.ttl_days, 1, 10**6)
+    if table.budget_rows is not None:
+        bounds["budget_rows"] = (table.budget_rows, 1, 2**40)
+    return bounds
+
+
 def _check_numbers(config: Config, where: str) -> None:
     """Bounds that types do not say."""
-    bounds = {
+    rows = {name: v for name, v in dataclasses.asdict(config.train.rows).items() if name != "optimizer"}
+    bounds: dict[str, tuple[float, float, float]] = {
         "data.lanes": (config.data.lanes, 1, 65_536),
         "train.workers": (config.train.workers, 1, config.data.lanes),
         "train.batch_size": (config.train.batch_size, config.data.lanes, 2**31),
         "train.dense.average": (config.train.dense.average, 0, 1),
-        **{f"tables.{n}.dim": (t.dim, 1, 4096) for n, t in config.tables.items()},
-        **{f"tables.{n}.capacity_rows": (t.capacity_rows, 1, 2**31) for n, t in config.tables.items()},
         **{f"tasks.{n}.scale": (t.scale, 1e-12, 1e12) for n, t in config.tasks.items()},
         **{f"features.{n}.dropout": (f.dropout, 0, 1) for n, f in config.features.items()},
         **{f"features.{n}.max_len": (f.max_len, 1, 2**31) for n, f in config.features.items()},
         **{f"model.tower_layers.{i}": (width, 1, 2**20) for i, width in enumerate(config.model.tower_layers)},
         **{f"model.balance.weights.{n}": (weight, 0, 10**6) for n, weight in config.model.balance.weights.items()},
         "train.seed": (config.train.seed, 0, 2**63 - 1),
-        "train.rows.lr": (config.train.rows.lr, 0, 10**6),
+        **{f"train.rows.{n}": (v, 0, 10**6) for n, v in rows.items() if v is not None},
+        **{f"train.rows.{n}": (rows[n] or 0.0, 0, 0.999999) for n in ("beta1", "beta2")},
+        **{f"tables.{n}.{key}": bound for n, t in config.tables.items() for key, bound in _table_bounds(t).items()},
         "train.dense.lr": (config.train.dense.lr, 0, 10**6),
     }
     for n, table in config.tables.items():

@@ -6,12 +6,11 @@ Every function is collective: all workers call it with the same plan.
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
+from embeddings.accounts import account
 from trainer.agree import agreed
 from trainer.data import Batch, DayPlan, Logs
 from trainer.errors import UserError
@@ -27,8 +26,11 @@ Progress: TypeAlias = Callable[
 def shares(
     learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, seed: int | None = None
 ) -> Iterator[Batch]:
-    """This worker's share of each of a day's global batches; bad data that one worker meets is raised on all."""
+    """This worker's share of each of a day's global batches; bad data that one worker meets is raised on all. From
+    here on it is that day: what is known of an id ages to it.
+    """
     exchange = learner.exchange
+    learner.embeddings.shard.begin_day(plan.day.toordinal())
     reader = logs.read(
         plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers, seed=seed
     )
@@ -66,7 +68,9 @@ def score_day(
 def train_day(
     learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, progress: Progress
 ) -> dict[str, Any]:
-    """One pass over a day's rows. Returns what was counted, over all workers: losses, nulls, ids, steps."""
+    """One pass over a day's rows, then evictions. Returns what was counted, over all workers: losses, nulls, ids,
+    steps.
+    """
     exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
     shard.reset_counts()
     losses_T = torch.zeros(len(learner.graph.tasks))
@@ -80,13 +84,14 @@ def train_day(
         progress("train", done * exchange.num_workers)
     losses = dict(zip(learner.graph.tasks, (exchange.all_reduce(losses_T) / steps).tolist(), strict=True))
     check_finite(learner, losses)
+    shard.end_day()
     columns = [*schema.ids, *schema.numbers, *schema.labels]
     counted = dict(zip(columns, exchange.all_reduce(nulls).tolist(), strict=True))
     return {
         "steps": steps,
         "losses": losses,
         "nulls": {c: n for c, n in counted.items() if n},
-        "ids": count_ids(learner),
+        "ids": account(shard),
     }
 
 
@@ -134,13 +139,3 @@ def check_finite(learner: Learner, losses: Mapping[str, float]) -> None:
         raise UserError(
             "training diverged: NaN or infinity", bad[0], got=f"losses {dict(losses)}", expected="finite numbers", do=do
         )
-
-
-def count_ids(learner: Learner) -> dict[str, dict[str, int]]:
-    """Each table's counts of this day and its rows, over all shards."""
-    shard, found = learner.embeddings.shard, {}
-    for table, counts in shard.counts.items():
-        values = asdict(counts) | {"rows": shard.maps[table].num_keys}
-        total: Tensor = learner.exchange.all_reduce(torch.tensor(list(values.values())))
-        found[table] = dict(zip(values, total.tolist(), strict=True))
-    return found

@@ -6,17 +6,16 @@ Selection features (position, device as shown) go to the position tower alone, a
 Shape letters: B rows, I input width, D floats a row of a table, K numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from embeddings.client import Pulled
-from embeddings.pooling import pool
+from embeddings.client import Block
+from embeddings.pooling import Pooling, pool
 from trainer.data import Batch
 from trainer.draws import Draws
-from trainer.numbers import NumberStats
 
 
 @dataclass(frozen=True)
@@ -38,21 +37,35 @@ class Features:
     def input_dim(self) -> int:
         return sum(feature.dim for feature in self.ids.values()) + 2 * self.num_numbers
 
-    def main(self, batch: Batch, pulled: Pulled, stats: NumberStats, draws: Draws | None) -> Tensor:
-        """The body's input: x_BI. draws None: scoring, nothing is dropped."""
-        parts = []
-        for name, feature in self.ids.items():
-            keep_B = draws.keep(name, feature.dropout) if draws and feature.dropout else None
-            parts.append(pool(pulled, name, feature.dim, mean=feature.mean, keep_B=keep_B))
-        return torch.cat([*parts, stats.standardise(batch.numbers_BK)], dim=1)
+    def vectors(self, blocks: Sequence[Block], batch: Batch, draws: Draws | None) -> dict[str, Tensor]:
+        """Each id feature's vector [B, D]. draws None: scoring; no id is dropped, no selection feature is there."""
+        poolings = {
+            name: Pooling(feature.mean, draws.keep(name, feature.dropout) if draws and feature.dropout else None)
+            for name, feature in self.ids.items()
+        }
+        for name in self.position:
+            poolings[name] = Pooling(True, self.presence(name, batch, draws))
+        return {
+            name: vector_BD
+            for block in blocks
+            for name, vector_BD in zip(block.features, pool(block, poolings), strict=True)
+        }
 
-    def selection(self, batch: Batch, pulled: Pulled, draws: Draws | None) -> list[tuple[Tensor, Tensor]]:
-        """For each selection feature its vector [B, D] and whether it is there [B]: never at serving, dropped by
-        chance in training.
-        """
-        found = []
-        for name, feature in self.position.items():
-            present_B = (batch.ids[name].lengths_B > 0).float()
-            present_B = present_B * (draws.keep(name, feature.dropout) if draws else 0.0)
-            found.append((pool(pulled, name, feature.dim, mean=feature.mean, keep_B=present_B), present_B))
-        return found
+    def presence(self, name: str, batch: Batch, draws: Draws | None) -> Tensor:
+        """Whether a selection feature is there [B]: never at serving, dropped by chance in training."""
+        there_B = (batch.ids[name].lengths_B > 0).float()
+        return there_B * draws.keep(name, self.position[name].dropout) if draws else torch.zeros_like(there_B)
+
+    def numbers(self, batch: Batch, blocks: Sequence[Block]) -> Tensor:
+        """The numbers of a batch as they are: [B, K], NaN where null."""
+        return batch.numbers_BK
+
+    def main(self, vectors: Mapping[str, Tensor], numbers_BK: Tensor) -> Tensor:
+        """The body's input, from the id features' vectors and the standardised numbers: x_BI."""
+        return torch.cat([*(vectors[name] for name in self.ids), numbers_BK], dim=1)
+
+    def selection(
+        self, vectors: Mapping[str, Tensor], batch: Batch, draws: Draws | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each selection feature its vector [B, D] and whether it is there [B]."""
+        return [(vectors[name], self.presence(name, batch, draws)) for name in self.position]

@@ -2,7 +2,7 @@
 what is here.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from embeddings.client import ShardedEmbeddings
 from embeddings.exchange import Exchange
-from embeddings.optim import RowwiseAdagrad
+from embeddings.optim import OPTIMIZERS, RowOptimizer
 from embeddings.shard import Shard
 from trainer.config import Config, nearest
 from trainer.data import Batch, Logs, Schema
@@ -22,6 +22,8 @@ from trainer.features import Features, IdFeature
 from trainer.heads import Task, TaskGraph
 from trainer.model import MultiTaskModel, PositionTower, make_body
 from trainer.numbers import NumberStats
+
+_PAYLOADS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -53,18 +55,30 @@ class Learner:
         """The chance of a batch's rows in training; day: its ordinal."""
         return Draws(batch.row_B, self.seed, day)
 
+    def happened(self, batch: Batch) -> Tensor:
+        """Which events happened on each row, 0 where it is not known: [B, L], in the order of the shard's labels."""
+        events = [list(self.graph.tasks).index(label) for label in self.embeddings.shard.labels]
+        return batch.labels_BT[:, events].nan_to_num(0.0)
+
 
 def build(config: Config, exchange: Exchange, device: torch.device | None = None) -> Learner:
     """A new, untrained learner. Same configuration and seed: same weights, on every worker."""
     device = device or torch.device("cpu")
     features = _features(config)
     model = build_model(config).to(device)
-    rows = RowwiseAdagrad(config.train.rows.lr, config.train.rows.eps)
-    shard = Shard(config.tables, rows, num_shards=exchange.num_workers, seed=config.train.seed, device=device)
-    tables = {name: feature.table or "" for name, feature in config.features.items() if feature.kind != "number"}
+    shard = Shard(
+        config.tables,
+        row_optimizer(config),
+        exchange,
+        labels=[name for name, task in config.tasks.items() if task.loss == "bce"],
+        seed=config.train.seed,
+        device=device,
+    )
+    tables = {name: f.table or "" for name, f in config.features.items() if f.kind in ("id", "ids")}
+    own = [name for name, feature in config.features.items() if feature.kind == "id"]
     return Learner(
         exchange=exchange,
-        embeddings=ShardedEmbeddings(shard, exchange, tables),
+        embeddings=ShardedEmbeddings(shard, tables, own=own, payload=_PAYLOADS[config.train.payload]),
         features=features,
         model=model,
         averaged=AveragedModel(model, multi_avg_fn=partial(_average, config.train.dense.average)),
@@ -79,6 +93,19 @@ def build(config: Config, exchange: Exchange, device: torch.device | None = None
         device=device,
         order={"features": list(config.features), "tasks": list(config.tasks)},
     )
+
+
+def row_optimizer(config: Config) -> RowOptimizer:
+    """The row optimizer that a configuration names, with its settings."""
+    settings = {name: value for name, value in asdict(config.train.rows).items() if value is not None}
+    kind = settings.pop("optimizer")
+    known = [field.name for field in fields(OPTIMIZERS[kind])]
+    for name, value in settings.items():
+        if name not in known:
+            place, do = f"train.rows.{name}", f"drop it; {kind} knows {', '.join(known)}"
+            raise UserError(f"not a setting of {kind}", place, got=str(value), do=do)
+    optimizer: RowOptimizer = OPTIMIZERS[kind](**settings)
+    return optimizer
 
 
 def build_model(config: Config) -> MultiTaskModel:
@@ -96,6 +123,7 @@ def build_model(config: Config) -> MultiTaskModel:
 def check(config: Config) -> None:
     """Refuse what only the model itself can tell: a body that cannot be built, addresses that no prediction has."""
     build_model(config)
+    row_optimizer(config)
     addresses = TaskGraph(_tasks(config)).addresses
     events = [address for address, kind in addresses.items() if kind == "binary"]
     wanted = {"nightly.gate.addresses": (config.nightly.gate.addresses, events)}

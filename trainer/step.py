@@ -13,19 +13,20 @@ from trainer.losses import denominators, task_losses
 
 def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
     """Train on this worker's share of a global batch; returns its part of each task's loss [T]. day: its ordinal."""
-    exchange, graph, model = learner.exchange, learner.graph, learner.model
+    exchange, graph, model, features = learner.exchange, learner.graph, learner.model, learner.features
+    blocks = learner.embeddings.pull(batch.ids, insert=True, labels_BL=learner.happened(batch))  # collective
     batch = batch.to(learner.device)
     draws = learner.draws(batch, day)
 
-    pulled = learner.embeddings.pull(batch.ids, insert=True)  # collective
-
-    numbers_3K = learner.stats.measure(batch.numbers_BK)
+    numbers_BK = features.numbers(batch, blocks)
+    numbers_3K = learner.stats.measure(numbers_BK)
     weights_2T = denominators(graph, batch.labels_BT, batch.weights_B)
     sums = exchange.all_reduce(torch.cat([numbers_3K.flatten(), weights_2T.flatten()]))  # collective
     learner.stats.update(sums[: numbers_3K.numel()].view_as(numbers_3K))
 
-    x_BI = learner.features.main(batch, pulled, learner.stats, draws)
-    selection = learner.features.selection(batch, pulled, draws)
+    vectors = features.vectors(blocks, batch, draws)
+    x_BI = features.main(vectors, learner.stats.standardise(numbers_BK))
+    selection = features.selection(vectors, batch, draws)
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         logits_BT = model(x_BI, selection, draws)
     losses_T = task_losses(
@@ -38,7 +39,7 @@ def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
     all_reduce_gradients(learner)  # collective
     learner.optimizer.step()
     learner.averaged.update_parameters(model)
-    learner.embeddings.push(pulled)  # collective
+    learner.embeddings.push(blocks)  # collective
     return losses_T.detach()
 
 
@@ -47,10 +48,12 @@ def score_step(learner: Learner, batch: Batch) -> Tensor:
     """The tasks' conditional logits [B, T] as at serving: nothing dropped, positions missing, unknown ids left
     unknown.
     """
+    features = learner.features
+    blocks = learner.embeddings.pull(batch.ids, insert=False)  # collective
     batch = batch.to(learner.device)
-    pulled = learner.embeddings.pull(batch.ids, insert=False)  # collective
-    x_BI = learner.features.main(batch, pulled, learner.stats, None)
-    selection = learner.features.selection(batch, pulled, None)
+    vectors = features.vectors(blocks, batch, None)
+    x_BI = features.main(vectors, learner.stats.standardise(features.numbers(batch, blocks)))
+    selection = features.selection(vectors, batch, None)
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         logits_BT: Tensor = learner.averaged(x_BI, selection, None)
     return logits_BT
