@@ -8,7 +8,7 @@ No collective hides inside autograd: pull and push are plain calls, once a step 
 live on the host; rows on the device.
 
 Shape letters: B rows of the batch, N ids of one pool's features, U distinct pairs (table, key) of a worker's batch, V
-pairs that an owner received, O distinct ones of these, D numbers a row, C tallies, E kinds of events, L labels.
+pairs that an owner received, O distinct ones of these, D numbers a row, S statistics, E kinds of events, L labels.
 """
 
 from collections.abc import Collection, Mapping
@@ -42,12 +42,12 @@ class _Route:
 @dataclass
 class Block:
     """The rows of the features whose tables share a pool. rows_UD: a leaf that collects gradients. ids: all features'
-    lists, one feature after the other, as places in the rows. statistics_UC: what happened to each before this batch.
+    lists, one feature after the other, as places in the rows. statistics_US: what happened to each before this batch.
     """
 
     features: list[str]
     rows_UD: Tensor
-    statistics_UC: Tensor
+    statistics_US: Tensor
     ids: Jagged
     pool: RowPool = field(repr=False)
     route: _Route = field(repr=False)
@@ -107,9 +107,9 @@ class ShardedEmbeddings:
             np.add.at(self.shard.counts["ids"], numbers, lengths)
             self.shard.count("distinct", batch.table_U)
         event_UE = self._events(batch, [name for name, _ in features], ids, labels_BL)
-        rows_UD, statistics_UC, route = self._fetch(pool, batch, event_UE, insert)
+        rows_UD, statistics_US, route = self._fetch(pool, batch, event_UE, insert)
         index = Jagged(torch.from_numpy(batch.index_N), every.offsets).to(self.shard.device)
-        return Block([name for name, _ in features], rows_UD.requires_grad_(insert), statistics_UC, index, pool, route)
+        return Block([name for name, _ in features], rows_UD.requires_grad_(insert), statistics_US, index, pool, route)
 
     def _events(
         self, batch: Distinct, features: list[str], ids: Mapping[str, Jagged], labels_BL: Tensor | None
@@ -151,12 +151,12 @@ class ShardedEmbeddings:
             add_rows(event_OE, owned.index_N, event_VE)
             owned_of_V = torch.from_numpy(owned.index_N).to(shard.device)
         if insert:
-            rows_O, statistics_OC = shard.meet(pool, key_O, table_O, event_OE)
+            rows_O, statistics_OS = shard.meet(pool, key_O, table_O, event_OE)
         else:
-            rows_O, statistics_OC = shard.find(pool, key_O, table_O)
+            rows_O, statistics_OS = shard.find(pool, key_O, table_O)
         rows_OD = pool.lookup(np.where(rows_O < 0, pool.default_rows(table_O), rows_O))
         route = _Route(sent_W, received_W, rows_O, table_O, owned_of_V)
-        statistics = self._back(torch.from_numpy(statistics_OC).to(shard.device), route, torch.float32)
+        statistics = self._back(torch.from_numpy(statistics_OS).to(shard.device), route, torch.float32)
         return self._back(rows_OD, route, self._payload), statistics, route
 
     def _back(self, owned: Tensor, route: _Route, payload: torch.dtype) -> Tensor:

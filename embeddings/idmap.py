@@ -1,8 +1,8 @@
 """Who has a row: (table, key) -> row, with what is known of each: sightings, value, when it was last seen.
 
 An exact open-addressing hash map for every 64-bit key of every table. A slot holds a row (int32) with a tag, some bits
-of the key, above it; keys and tables lie beside the rows, so that a match of tags is checked against the key itself:
-nothing collides. Plain loops, compiled, on the host, outside Python's global lock.
+of the key, above it; a match of tags is checked against the key itself: nothing collides. What is known of a row is one
+record, so that a lookup touches one cache line a row. Plain loops, compiled, on the host, outside Python's global lock.
 
 Shape letters: U pairs of a batch, R rows, C tallies, E kinds of events.
 """
@@ -22,29 +22,45 @@ _MAX_LOAD = 0.85
 class IdMap:
     """Gives rows 0 .. capacity_rows - 1 to (table, key) pairs; doubles by itself.
 
-    count_R: sightings in all. seen_R: the period in which a row was last seen, whatever a period is to the caller.
-    tally_RC: num_tallies running sums beside each row.
+    known_R: a record a row: its key and table (FREE when nobody has it); count: sightings in all; seen: the period in
+    which it was last seen, whatever a period is to the caller; tally: num_tallies running sums.
     """
 
     def __init__(self, capacity_rows: int, num_tallies: int = 0):
-        self.key_R = np.zeros(0, np.int64)
-        self.table_R = np.zeros(0, np.uint8)
-        self.count_R = np.zeros(0, np.int32)
-        self.seen_R = np.zeros(0, np.int16)
-        self.tally_RC = np.zeros((0, num_tallies), np.float32)
+        record = [("key", "i8"), ("count", "i4"), ("tally", "f4", (num_tallies,)), ("seen", "i2"), ("table", "u1")]
+        self.known_R = np.zeros(0, record)
         self._freed = np.zeros(0, np.int32)
         self.num_rows_T = np.zeros(MAX_TABLES, np.int64)
         self._next_row = 0
         self._resize(max(capacity_rows, 1))
 
     @property
+    def key_R(self) -> Int64s:
+        return self.known_R["key"]
+
+    @property
+    def table_R(self) -> Bytes:
+        return self.known_R["table"]
+
+    @property
+    def count_R(self) -> NDArray[np.int32]:
+        return self.known_R["count"]
+
+    @property
+    def seen_R(self) -> NDArray[np.int16]:
+        return self.known_R["seen"]
+
+    @property
+    def tally_RC(self) -> NDArray[np.float32]:
+        return self.known_R["tally"]
+
+    @property
     def capacity_rows(self) -> int:
-        return self.key_R.size
+        return self.known_R.size
 
     @property
     def memory_bytes(self) -> int:
-        held = (self.key_R, self.table_R, self.count_R, self.seen_R, self.tally_RC, self._freed, self._slots)
-        return sum(array.nbytes for array in held)
+        return self.known_R.nbytes + self._freed.nbytes + self._slots.nbytes
 
     @property
     def num_rows(self) -> int:
@@ -52,7 +68,7 @@ class IdMap:
 
     def find(self, key_U: Int64s, table_U: Bytes) -> Int64s:
         """The row of each pair, -1 where there is none."""
-        rows_U: Int64s = _find(self._slots, self._row_bits, self.key_R, self.table_R, key_U, table_U)
+        rows_U: Int64s = _find(self._slots, self._row_bits, self.known_R, key_U, table_U)
         return rows_U
 
     def insert(self, key_U: Int64s, table_U: Bytes) -> Int64s:
@@ -65,17 +81,15 @@ class IdMap:
         self._next_row += fresh
         self.num_rows_T += np.bincount(table_U, minlength=MAX_TABLES)
         self.key_R[rows_U], self.table_R[rows_U] = key_U, table_U
-        _enter(self._slots, self._row_bits, self.key_R, self.table_R, rows_U)
+        _enter(self._slots, self._row_bits, self.known_R, rows_U)
         return rows_U
 
     def remove(self, rows: Int64s) -> None:
         """Free rows: forget what was known of them, and give them out again later."""
         self.num_rows_T -= np.bincount(self.table_R[rows], minlength=MAX_TABLES)
-        _leave(self._slots, self._row_bits, self.key_R, self.table_R, rows)
+        _leave(self._slots, self._row_bits, self.known_R, rows)
+        self.known_R[rows] = np.zeros(1, self.known_R.dtype)
         self.table_R[rows] = FREE
-        self.count_R[rows] = 0
-        self.seen_R[rows] = 0
-        self.tally_RC[rows] = 0
         self._freed = np.concatenate([self._freed, rows.astype(np.int32)])
 
     def rows(self, table: int) -> Int64s:
@@ -95,25 +109,19 @@ class IdMap:
     def _resize(self, capacity_rows: int) -> None:
         assert capacity_rows < 2**31, "a shard holds less than 2^31 rows of one width: use more workers"
         more = capacity_rows - self.capacity_rows
-        self.key_R = _longer(self.key_R, more)
-        self.table_R = _longer(self.table_R, more, FREE)
-        self.count_R = _longer(self.count_R, more)
-        self.seen_R = _longer(self.seen_R, more)
-        self.tally_RC = _longer(self.tally_RC, more)
+        self.known_R = np.concatenate([self.known_R, np.zeros(more, self.known_R.dtype)])
+        self.table_R[capacity_rows - more :] = FREE
         self._row_bits = max((capacity_rows - 1).bit_length(), 1)
         self._slots = np.full(int(capacity_rows / _MAX_LOAD) + 2, _EMPTY, np.int32)
         taken = np.flatnonzero(self.table_R[: self._next_row] != FREE)
-        _enter(self._slots, self._row_bits, self.key_R, self.table_R, taken)
-
-
-def _longer(array: NDArray, more: int, fill: int = 0) -> NDArray:
-    return np.concatenate([array, np.full((more, *array.shape[1:]), fill, array.dtype)])
+        _enter(self._slots, self._row_bits, self.known_R, taken)
 
 
 @njit(nogil=True, cache=True)
 def _home(key, table, num_slots):  # type: ignore[no-untyped-def]
     """The slot where a pair is looked for first: the low half of the key, scaled. Tables of equal ids lie apart."""
-    return (((key ^ (np.int64(table) * 0x9E3779B1)) & 0xFFFFFFFF) * num_slots) >> 32
+    low = np.uint64((key ^ (np.int64(table) * 0x9E3779B1)) & 0xFFFFFFFF)
+    return np.int64((low * np.uint64(num_slots)) >> np.uint64(32))  # 32 bits times 32: too wide for int64
 
 
 @njit(nogil=True, cache=True)
@@ -123,7 +131,7 @@ def _tagged(row, key, row_bits):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _find(slots, row_bits, key_R, table_R, key_U, table_U):  # type: ignore[no-untyped-def]
+def _find(slots, row_bits, known_R, key_U, table_U):  # type: ignore[no-untyped-def]
     slot_U, entry_U = np.empty(key_U.size, np.int64), np.empty(key_U.size, np.int32)
     for u in range(key_U.size):  # a loop of its own: nothing waits for what it reads, so the reads overlap
         slot_U[u] = _home(key_U[u], table_U[u], slots.size)
@@ -135,7 +143,7 @@ def _find(slots, row_bits, key_R, table_R, key_U, table_U):  # type: ignore[no-u
         rows_U[u] = -1
         while entry != _EMPTY:
             row = entry ^ tag
-            if (row >> row_bits) == 0 and key_R[row] == key and table_R[row] == table:
+            if (row >> row_bits) == 0 and known_R[row].key == key and known_R[row].table == table:
                 rows_U[u] = row
                 break
             slot = slot + 1 if slot + 1 < slots.size else 0
@@ -144,20 +152,20 @@ def _find(slots, row_bits, key_R, table_R, key_U, table_U):  # type: ignore[no-u
 
 
 @njit(nogil=True, cache=True)
-def _enter(slots, row_bits, key_R, table_R, rows):  # type: ignore[no-untyped-def]
+def _enter(slots, row_bits, known_R, rows):  # type: ignore[no-untyped-def]
     for row in rows:
-        slot = _home(key_R[row], table_R[row], slots.size)
+        slot = _home(known_R[row].key, known_R[row].table, slots.size)
         while slots[slot] != _EMPTY:
             slot = slot + 1 if slot + 1 < slots.size else 0
-        slots[slot] = _tagged(row, key_R[row], row_bits)
+        slots[slot] = _tagged(row, known_R[row].key, row_bits)
 
 
 @njit(nogil=True, cache=True)
-def _leave(slots, row_bits, key_R, table_R, rows):  # type: ignore[no-untyped-def]
+def _leave(slots, row_bits, known_R, rows):  # type: ignore[no-untyped-def]
     """Take rows out; entries behind the hole that may move nearer to their home do, so no hole breaks a search."""
     row_mask = (1 << row_bits) - 1
     for gone in rows:
-        hole = _home(key_R[gone], table_R[gone], slots.size)
+        hole = _home(known_R[gone].key, known_R[gone].table, slots.size)
         while (slots[hole] & row_mask) != gone:
             hole = (hole + 1) % slots.size
         slot = hole
@@ -166,7 +174,7 @@ def _leave(slots, row_bits, key_R, table_R, rows):  # type: ignore[no-untyped-de
             if slots[slot] == _EMPTY:
                 break
             row = slots[slot] & row_mask
-            home = _home(key_R[row], table_R[row], slots.size)
+            home = _home(known_R[row].key, known_R[row].table, slots.size)
             if (slot - home) % slots.size >= (slot - hole) % slots.size:
                 slots[hole] = slots[slot]
                 hole = slot

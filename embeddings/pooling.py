@@ -1,6 +1,6 @@
 """From a batch's distinct rows to vectors: one sum or mean a feature and row, or the rows themselves in sequence.
 
-Shape letters: B rows of the batch, G bags, N ids, U distinct rows, D numbers a row, S places of a sequence.
+Shape letters: B rows of the batch, G bags, N ids, U distinct rows, D numbers a row, S places or statistics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,13 @@ def pool(block: Block, poolings: Mapping[str, Pooling]) -> Tensor:
     hows = [poolings[feature] for feature in block.features]
     bags = _last(block.ids, hows) if any(how.last is not None for how in hows) else block.ids
     lengths_FB = bags.lengths_B.view(len(hows), -1)
-    scale_FB = torch.ones_like(lengths_FB, dtype=torch.float32)
-    for scale_B, lengths_B, how in zip(scale_FB, lengths_FB, hows, strict=True):
-        if how.mean:
-            scale_B /= lengths_B.clamp(min=1)
+    is_mean_F1 = torch.tensor([[how.mean] for how in hows], device=lengths_FB.device)
+    scale_FB = torch.where(is_mean_F1, 1.0 / lengths_FB.clamp(min=1), 1.0)
+    for scale_B, how in zip(scale_FB, hows, strict=True):
         if how.keep_B is not None:
             scale_B *= how.keep_B
     pooled_GD: Tensor = _Bags.apply(block.rows_UD, bags, scale_FB.view(-1, 1))
-    return pooled_GD.view(*lengths_FB.shape, -1)
+    return pooled_GD.view(*lengths_FB.shape, block.rows_UD.shape[1])
 
 
 def _last(ids: Jagged, hows: Sequence[Pooling]) -> Jagged:
@@ -68,7 +67,15 @@ def sequence(block: Block, feature: str, length: int) -> tuple[Tensor, Tensor]:
     present_BS = torch.arange(length, device=taken_B.device) < taken_B.unsqueeze(1)
     one_each = Jagged.from_lengths(_tails(lists, taken_B).values_N, present_BS.flatten().long())
     rows_GD: Tensor = _Bags.apply(block.rows_UD, one_each, None)
-    return rows_GD.view(num_rows, length, -1), present_BS
+    return rows_GD.view(num_rows, length, block.rows_UD.shape[1]), present_BS
+
+
+def statistics(block: Block, feature: str) -> Tensor:
+    """What happened until now to a feature's ids, summed over each row's: [B, S], zeros for ids without a row."""
+    num_rows = block.ids.num_rows // len(block.features)
+    first = block.features.index(feature) * num_rows
+    lists = block.ids.select(torch.arange(first, first + num_rows, device=block.ids.offsets.device))
+    return _sum(block.statistics_US, lists.values_N, lists.offsets)
 
 
 class _Bags(torch.autograd.Function):

@@ -72,12 +72,13 @@ class Shard:
         self.before_change: Callable[[RowPool, Int64s], None] = lambda pool, rows: None
         self._seeds = {name: hash_name(name, seed) for name in tables}
         self._min_count_T = np.array([table.min_count for table in tables.values()], np.int64)
+        self.overall_S: dict[str, Floats] = {}  # each table's statistics over all of its ids, as the day began
         self.reset_counts()
 
     def _make_pools(self, optimizer: RowOptimizer, kernel: MakeKernel) -> list[RowPool]:
         by_layout: dict[Layout, list[int]] = {}
         for t, table in enumerate(self.tables.values()):
-            layout = Layout(table.dim, table.dtype, len(self.ledger.tallies[t]))
+            layout = Layout(table.dim, table.dtype, len(self.ledger.columns(t)))
             by_layout.setdefault(layout, []).append(t)
         workers = self.exchange.num_workers
         share = _HEADROOM / workers if workers > 1 else 1.0
@@ -96,12 +97,17 @@ class Shard:
     def pool_of(self, table: str) -> RowPool:
         return next(pool for pool in self.pools if self.number[table] in pool.tables)
 
+    def statistics(self, table: str) -> list[str]:
+        """The names of a table's tallies besides value."""
+        return [tally.name for tally in self.ledger.tallies[self.number[table]][1:]]
+
     def begin_day(self, day: int) -> None:
-        """From here on it is this day: a number that rises by one a day."""
+        """From here on it is this day: a number that rises by one a day. Collective."""
         if day != self.periods.today:
             self._halve_sketches(self.periods.today, day)
             self.periods.begin(day)
         self.ledger.begin(self.periods)
+        self.overall_S = {name: self._sum_statistics(name) for name in self.tables if self.statistics(name)}
 
     def _halve_sketches(self, yesterday: int, today: int) -> None:
         for name, sketch in self.sketches.items():
@@ -122,6 +128,15 @@ class Shard:
         if pool.layout.num_tallies == 1:
             return np.zeros((rows_U.size, 0), np.float32)
         return self.ledger.read(pool.ids, rows_U)[:, 1:].copy()
+
+    def _sum_statistics(self, table: str) -> Floats:
+        """A table's statistics over all of its ids and workers, as of today: [S] (collective). They are summed up in
+        whole 2^-20ths, so that the order of the rows does not matter.
+        """
+        pool = self.pool_of(table)
+        statistics_US = self._statistics(pool, pool.ids.rows(self.number[table]))
+        total_S = np.rint(statistics_US.astype(np.float64) * 2**20).astype(np.int64).sum(0)
+        return (self.exchange.all_reduce(torch.from_numpy(total_S)).numpy() / 2**20).astype(np.float32)
 
     def meet(self, pool: RowPool, key_U: Int64s, table_U: Bytes, event_UE: Int64s) -> tuple[Int64s, Floats]:
         """The rows of distinct pairs that a batch brings, -1 where there is none, and their statistics before it. For

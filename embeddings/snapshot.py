@@ -119,12 +119,8 @@ def _named(shard: Shard, table: str, rows: Columns) -> Columns:
     columns = _ids(rows["key"]) | {"weight": rows["weight"]}
     columns |= {name: rows[name] for name in pool.optimizer.states}
     columns |= {"count": rows["count"]}
-    columns |= dict(zip(_tallies(shard, table), rows["tally"].T, strict=True))
+    columns |= dict(zip(shard.ledger.columns(shard.number[table]), rows["tally"].T, strict=True))
     return columns | {"last_seen_day": _date(np.array(shard.periods.days)[rows["seen"]])}
-
-
-def _tallies(shard: Shard, table: str) -> list[str]:
-    return [tally.name for tally in shard.ledger.tallies[shard.number[table]]]
 
 
 def _ids(keys: Int64s) -> Columns:
@@ -199,7 +195,8 @@ def load(shard: Shard, filesystem: pyarrow.fs.FileSystem, layers: Sequence[Layer
     """
     for t, table in enumerate(shard.names):
         for columns in read(filesystem, layers, table, "rows", shard.buckets):
-            tallies = [columns.get(name, np.zeros(columns["id"].size, np.float32)) for name in _tallies(shard, table)]
+            none = np.zeros(columns["id"].size, np.float32)
+            tallies = [columns.get(name, none) for name in shard.ledger.columns(t)]
             columns["tally"] = np.stack(tallies, axis=1)
             columns["seen"] = shard.periods.past(_days(columns["last_seen_day"]))
             shard.put(table, columns["key"], columns)

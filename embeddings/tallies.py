@@ -5,7 +5,7 @@ which rows are evicted, is one; statistics that a model reads are others. A row'
 last seen; reading them decays them to today. Days are numbers; what a row stores is a period, a small number that
 stands for a day and for being before or after the last snapshot.
 
-Shape letters: U rows of a batch, R rows, P periods, T tables, C tallies, E kinds of events.
+Shape letters: U rows of a batch, R rows, P periods, T tables, S tallies, C their columns, E kinds of events.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,20 @@ from embeddings.dedupe import Int64s
 from embeddings.idmap import IdMap
 
 Floats = NDArray[np.float32]
+TODAY = "_today"
 SIGHTINGS, IMPRESSIONS = "sightings", "impressions"  # every id of a batch; only those that are a row's own
 
 
 @dataclass(frozen=True)
 class Tally:
-    """weights: by event; `sightings`, `impressions`, or what happened on a row."""
+    """weights: by event; `sightings`, `impressions`, or what happened on a row. by_day: what happens today is read
+    from tomorrow on.
+    """
 
     name: str
     weights: Mapping[str, float] = field(default_factory=lambda: {SIGHTINGS: 1.0})
     half_life_days: float = 30.0
+    by_day: bool = False
 
 
 class Periods:
@@ -75,28 +79,39 @@ class Ledger:
     def __init__(self, tallies: Sequence[Sequence[Tally]], events: Sequence[str]):
         self.tallies, self.events = [list(of_table) for of_table in tallies], list(events)
         most = max((len(of_table) for of_table in tallies), default=0)
-        self._weight_TCE = np.zeros((len(tallies), most, len(events)))
-        self._half_life_TC = np.full((len(tallies), most), np.inf)
+        self._weight_TSE = np.zeros((len(tallies), most, len(events)))
+        self._half_life_TS = np.full((len(tallies), most), np.inf)
+        self._column_TS2 = np.full((len(tallies), most, 2), -1)  # where a tally stands, and what of it is of today
         for t, of_table in enumerate(tallies):
-            for c, tally in enumerate(of_table):
-                self._half_life_TC[t, c] = tally.half_life_days
+            columns = self.columns(t)
+            for s, tally in enumerate(of_table):
+                self._half_life_TS[t, s] = tally.half_life_days
+                self._column_TS2[t, s, 0] = columns.index(tally.name)
+                if tally.by_day:
+                    self._column_TS2[t, s, 1] = columns.index(tally.name + TODAY)
                 for event, weight in tally.weights.items():
-                    self._weight_TCE[t, c, self.events.index(event)] = weight
-        self._decay_PTC = np.ones((1, len(tallies), most))
+                    self._weight_TSE[t, s, self.events.index(event)] = weight
+        self.begin(Periods())
+
+    def columns(self, table: int) -> list[str]:
+        """What each column of a table's tally_RC holds."""
+        tallies = self.tallies[table]
+        return [tally.name for tally in tallies] + [tally.name + TODAY for tally in tallies if tally.by_day]
 
     def begin(self, periods: Periods) -> None:
         """Reckon how much is left of what was counted in each period."""
-        self._decay_PTC = np.exp2(-periods.ages()[:, None, None] / self._half_life_TC)
+        self._age_P = periods.ages()
+        self._decay_PTS = np.exp2(-self._age_P[:, None, None] / self._half_life_TS)
 
     def read(self, ids: IdMap, rows_U: Int64s) -> Floats:
-        """The rows' tallies as of today: [U, C]; zeros for row -1."""
-        tally_UC: Floats = _read(rows_U, ids.tally_RC, ids.table_R, ids.seen_R, self._decay_PTC)
-        return tally_UC
+        """The rows' tallies as of today: [U, S]; zeros for row -1 and for tallies that a row's table has not."""
+        tally_US: Floats = _read(rows_U, ids.known_R, self._age_P, self._decay_PTS, self._column_TS2)
+        return tally_US
 
     def add(self, ids: IdMap, rows_U: Int64s, event_UE: Int64s, period: int) -> None:
         """Enter what happened to distinct rows; -1 is passed over. The first event is sightings."""
-        known = (ids.count_R, ids.tally_RC, ids.table_R, ids.seen_R)
-        _add(rows_U, event_UE, period, *known, self._decay_PTC, self._weight_TCE)
+        decays = (self._age_P, self._decay_PTS)
+        _add(rows_U, event_UE, period, ids.known_R, *decays, self._weight_TSE, self._column_TS2)
 
 
 @njit(nogil=True, cache=True)
@@ -117,26 +132,42 @@ def add_rows(total_OE, index_V, event_VE):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _read(rows_U, tally_RC, table_R, seen_R, decay_PTC):  # type: ignore[no-untyped-def]
-    tally_UC = np.zeros((rows_U.size, tally_RC.shape[1]), np.float32)
+def _read(rows_U, known_R, age_P, decay_PTS, column_TS2):  # type: ignore[no-untyped-def]
+    tally_US = np.zeros((rows_U.size, decay_PTS.shape[2]), np.float32)
     for u in range(rows_U.size):
-        row = rows_U[u]
-        if row >= 0:
-            for c in range(tally_RC.shape[1]):
-                tally_UC[u, c] = tally_RC[row, c] * decay_PTC[seen_R[row], table_R[row], c]
-    return tally_UC
+        if rows_U[u] < 0:
+            continue
+        row = known_R[rows_U[u]]
+        for s in range(decay_PTS.shape[2]):
+            column, today = column_TS2[row.table, s]
+            if column < 0:
+                continue
+            total = np.float64(row.tally[column])
+            if today >= 0 and age_P[row.seen] > 0:
+                total += row.tally[today]
+            tally_US[u, s] = total * decay_PTS[row.seen, row.table, s]
+    return tally_US
 
 
 @njit(nogil=True, cache=True)
-def _add(rows_U, event_UE, period, count_R, tally_RC, table_R, seen_R, decay_PTC, weight_TCE):  # type: ignore[no-untyped-def]
+def _add(rows_U, event_UE, period, known_R, age_P, decay_PTS, weight_TSE, column_TS2):  # type: ignore[no-untyped-def]
     for u in range(rows_U.size):
-        row = rows_U[u]
-        if row < 0:
+        if rows_U[u] < 0:
             continue
-        count_R[row] += event_UE[u, 0]
-        for c in range(tally_RC.shape[1]):
-            total = tally_RC[row, c] * decay_PTC[seen_R[row], table_R[row], c]
+        row = known_R[rows_U[u]]
+        row.count += event_UE[u, 0]
+        for s in range(decay_PTS.shape[2]):
+            column, today = column_TS2[row.table, s]
+            if column < 0:
+                continue
+            more = 0.0
             for e in range(event_UE.shape[1]):
-                total += event_UE[u, e] * weight_TCE[table_R[row], c, e]
-            tally_RC[row, c] = total
-        seen_R[row] = period
+                more += event_UE[u, e] * weight_TSE[row.table, s, e]
+            if today < 0:
+                row.tally[column] = row.tally[column] * decay_PTS[row.seen, row.table, s] + more
+            elif age_P[row.seen] == 0:
+                row.tally[today] += more
+            else:
+                total = np.float64(row.tally[column]) + row.tally[today]
+                row.tally[column], row.tally[today] = total * decay_PTS[row.seen, row.table, s], more
+        row.seen = period

@@ -52,20 +52,40 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """id: one id a row (or null). ids: a list of ids a row. number: a number a row (or null).
+    """id: one id a row (or null). ids: a list of ids a row. number: a number a row (or null). id_stats: numbers from
+    what happened to a row's id before.
 
     column: its name in the log, when it is not the feature's. pool: how a list's rows become one vector; max_len: its
     last so many ids count. dropout: the share of training rows on which the feature reads as unknown. transform:
     applied to a number before standardising.
+
+    of: what to count of the ids of the feature `id` (default: the only feature of kind id that reads the table):
+    `impressions`, tasks (each gives its count and its rate per impression), or rates such as `buy/click`; counts halve
+    in half_life_days; rates are smoothed by the overall rate, worth `smoothing` events. until: what happened before
+    this `day`, or before this `batch`.
     """
 
-    kind: Literal["id", "ids", "number"]
+    kind: Literal["id", "ids", "number", "id_stats"]
     column: str | None = None
     table: str | None = None
     pool: Literal["mean", "sum"] = "mean"
     max_len: int = 50
     dropout: float = 0.0
     transform: Literal["none", "log1p"] = "none"
+    id: str | None = None
+    of: tuple[str, ...] = ()
+    half_life_days: float = 7.0
+    smoothing: float = 20.0
+    until: Literal["day", "batch"] = "day"
+
+
+# Which settings go with which kind of feature.
+_OF_KIND = {
+    "id": {"column", "table", "dropout"},
+    "ids": {"column", "table", "pool", "max_len", "dropout"},
+    "number": {"column", "transform"},
+    "id_stats": {"table", "id", "of", "half_life_days", "smoothing", "until"},
+}
 
 
 @dataclass(frozen=True)
@@ -363,7 +383,12 @@ def _check_names(config: Config, where: str) -> None:
         if not _NAME.fullmatch(name):  # names become folders and parts of addresses
             expected = "letters, digits, _, - and points, one of the first three at the start"
             raise UserError("not a name", f"{where}: {place}", got=repr(name), expected=expected, do=_CORRECT)
-    id_features = [name for name, feature in config.features.items() if feature.kind != "number"]
+    events = [SIGHTINGS, IMPRESSIONS, *(name for name, task in config.tasks.items() if task.loss == "bce")]
+    _check_kinds(config, where)
+    id_features = [name for name, feature in config.features.items() if feature.kind in ("id", "ids")]
+    for name, feature in config.features.items():
+        if feature.kind == "id_stats":
+            _check_statistics(config, name, events[1:], f"{where}: features.{name}")
     for name in id_features:
         table = config.features[name].table
         if table is None:
@@ -394,7 +419,6 @@ def _check_names(config: Config, where: str) -> None:
         if task.loss == "bce" and (task.transform != "none" or task.scale != 1):
             got, do = f"transform: {task.transform}, scale: {task.scale}", "drop them, or set loss: mse"
             raise UserError("transform and scale go with loss: mse", f"{where}: tasks.{name}", got=got, do=do)
-    events = [SIGHTINGS, IMPRESSIONS, *(name for name, task in config.tasks.items() if task.loss == "bce")]
     for name, table_config in config.tables.items():
         for event in table_config.value:
             _known(event, events, f"{where}: tables.{name}.value", "event")
@@ -407,6 +431,32 @@ def _check_names(config: Config, where: str) -> None:
             _known(task_name, config.tasks, f"{where}: model.position.tasks", "task")
     for task_name in config.model.balance.weights:
         _known(task_name, config.tasks, f"{where}: model.balance.weights", "task")
+
+
+def _check_kinds(config: Config, where: str) -> None:
+    """No feature has settings that its kind does not use."""
+    defaults = {f.name: f.default for f in dataclasses.fields(FeatureConfig) if f.name != "kind"}
+    for name, feature in config.features.items():
+        for setting, default in defaults.items():
+            if setting not in _OF_KIND[feature.kind] and getattr(feature, setting) != default:
+                do = f"drop it; {feature.kind} knows {', '.join(sorted(_OF_KIND[feature.kind]))}"
+                raise UserError(f"not a setting of kind: {feature.kind}", f"{where}: features.{name}.{setting}", do=do)
+
+
+def _check_statistics(config: Config, name: str, events: list[str], place: str) -> None:
+    feature = config.features[name]
+    _known(feature.table or "", config.tables, f"{place}.table", "table")
+    readers = [n for n, f in config.features.items() if f.kind == "id" and f.table == feature.table]
+    if feature.id is None and len(readers) != 1:
+        got, do = f"{len(readers)} features of kind id read table '{feature.table}'", "add id: the feature it is of"
+        raise UserError("whose id the statistics are of is not clear", place, got=got, expected="one", do=do)
+    if feature.id is not None:
+        _known(feature.id, readers, f"{place}.id", f"feature of kind id that reads table '{feature.table}'")
+    if not feature.of:
+        raise UserError("nothing to count", f"{place}.of", do="add of: [impressions, click, ...]")
+    for each in feature.of:
+        for event in each.split("/", 1):
+            _known(event, events, f"{place}.of", "event")
 
 
 def _check_no_circle(tasks: Mapping[str, TaskConfig], name: str, where: str) -> None:
@@ -448,6 +498,8 @@ def _check_numbers(config: Config, where: str) -> None:
         "train.dense.average": (config.train.dense.average, 0, 1),
         **{f"tasks.{n}.scale": (t.scale, 1e-12, 1e12) for n, t in config.tasks.items()},
         **{f"features.{n}.dropout": (f.dropout, 0, 1) for n, f in config.features.items()},
+        **{f"features.{n}.half_life_days": (f.half_life_days, 1e-6, 1e9) for n, f in config.features.items()},
+        **{f"features.{n}.smoothing": (f.smoothing, 1e-6, 1e9) for n, f in config.features.items()},
         **{f"features.{n}.max_len": (f.max_len, 1, 2**31) for n, f in config.features.items()},
         **{f"model.tower_layers.{i}": (width, 1, 2**20) for i, width in enumerate(config.model.tower_layers)},
         **{f"model.balance.weights.{n}": (weight, 0, 10**6) for n, weight in config.model.balance.weights.items()},

@@ -72,7 +72,6 @@ def train_day(
     steps.
     """
     exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
-    shard.reset_counts()
     losses_T = torch.zeros(len(learner.graph.tasks))
     nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels), dtype=torch.int64)
     steps = done = 0
@@ -109,6 +108,7 @@ def run_day(
     """Score (when there is a model of the day before), then train. Returns the day's report; only worker 0's has the
     metrics.
     """
+    learner.embeddings.shard.reset_counts()
     start = time.perf_counter()
     metrics = score_day(learner, logs, plan, batch_size, lanes, gauc, progress) if score else {}
     trained_from = time.perf_counter()

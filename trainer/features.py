@@ -1,19 +1,22 @@
 """From a batch and its pulled rows to the dense net's inputs.
 
-The main input is every id feature's pooled vector, every number standardised, and a flag for each null number.
+The main input is every id feature's pooled vector, every number standardised (the log's, and those made from what
+happened to ids), and a flag for each null number of the log.
 Selection features (position, device as shown) go to the position tower alone, as vectors that may be missing.
 
-Shape letters: B rows, I input width, D floats a row of a table, K numbers.
+Shape letters: B rows, I input width, D floats a row of a table, K numbers, S statistics of a table.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embeddings.client import Block
-from embeddings.pooling import Pooling, pool
+from embeddings.pooling import Pooling, pool, statistics
 from trainer.data import Batch
 from trainer.draws import Draws
 
@@ -27,15 +30,53 @@ class IdFeature:
     dropout: float = 0.0
 
 
-class Features:
-    """The id features of the main input, and the selection features of the position tower."""
+@dataclass(frozen=True)
+class IdStatistics:
+    """Numbers from what happened to a feature's id, whose statistics are the table's: counts, their places among
+    these; rates, pairs of places, numerator and denominator. smoothing: how many impressions (or what the denominator
+    is) the overall rate counts for.
+    """
 
-    def __init__(self, ids: Mapping[str, IdFeature], position: Mapping[str, IdFeature], num_numbers: int):
-        self.ids, self.position, self.num_numbers = dict(ids), dict(position), num_numbers
+    feature: str
+    table: str
+    counts: tuple[int, ...]
+    rates: tuple[tuple[int, int], ...]
+    smoothing: float
+
+    def __len__(self) -> int:
+        return len(self.counts) + len(self.rates)
+
+    def numbers(self, statistics_BS: Tensor, overall_S: Tensor) -> Tensor:
+        """log1p of each count, and each smoothed rate: [B, K]."""
+        columns = [torch.log1p(statistics_BS[:, s]) for s in self.counts]
+        for part, whole in self.rates:
+            overall = overall_S[part] / overall_S[whole].clamp(min=1e-9)
+            some_B, all_B = statistics_BS[:, part], statistics_BS[:, whole]
+            columns.append((some_B + self.smoothing * overall) / (all_B + self.smoothing))
+        return torch.stack(columns, dim=1)
+
+
+class Features:
+    """The id features of the main input, the numbers of the log and those of what happened to ids, and the selection
+    features of the position tower.
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[str, IdFeature],
+        position: Mapping[str, IdFeature],
+        num_logged: int,
+        statistics: Sequence[IdStatistics] = (),
+    ):
+        self.ids, self.position, self.num_logged, self.statistics = dict(ids), dict(position), num_logged, statistics
+
+    @property
+    def num_numbers(self) -> int:
+        return self.num_logged + sum(map(len, self.statistics))
 
     @property
     def input_dim(self) -> int:
-        return sum(feature.dim for feature in self.ids.values()) + 2 * self.num_numbers
+        return sum(feature.dim for feature in self.ids.values()) + self.num_numbers + self.num_logged
 
     def vectors(self, blocks: Sequence[Block], batch: Batch, draws: Draws | None) -> dict[str, Tensor]:
         """Each id feature's vector [B, D]. draws None: scoring; no id is dropped, no selection feature is there."""
@@ -56,13 +97,20 @@ class Features:
         there_B = (batch.ids[name].lengths_B > 0).float()
         return there_B * draws.keep(name, self.position[name].dropout) if draws else torch.zeros_like(there_B)
 
-    def numbers(self, batch: Batch, blocks: Sequence[Block]) -> Tensor:
-        """The numbers of a batch as they are: [B, K], NaN where null."""
-        return batch.numbers_BK
+    def numbers(self, batch: Batch, blocks: Sequence[Block], overall_S: Mapping[str, NDArray[np.float32]]) -> Tensor:
+        """The numbers of a batch, NaN where null: [B, K]. overall_S: by table, the statistics over all of its ids."""
+        columns = [batch.numbers_BK]
+        for each in self.statistics:
+            block = next(block for block in blocks if each.feature in block.features)
+            overall = torch.from_numpy(overall_S[each.table]).to(batch.numbers_BK.device)
+            columns.append(each.numbers(statistics(block, each.feature), overall))
+        return torch.cat(columns, dim=1)
 
-    def main(self, vectors: Mapping[str, Tensor], numbers_BK: Tensor) -> Tensor:
-        """The body's input, from the id features' vectors and the standardised numbers: x_BI."""
-        return torch.cat([*(vectors[name] for name in self.ids), numbers_BK], dim=1)
+    def main(self, vectors: Mapping[str, Tensor], numbers_B2K: Tensor) -> Tensor:
+        """The body's input: x_BI. numbers_B2K: standardised, then their null flags, of which the log's count."""
+        return torch.cat(
+            [*(vectors[name] for name in self.ids), numbers_B2K[:, : self.num_numbers + self.num_logged]], dim=1
+        )
 
     def selection(
         self, vectors: Mapping[str, Tensor], batch: Batch, draws: Draws | None

@@ -14,11 +14,12 @@ from embeddings.client import ShardedEmbeddings
 from embeddings.exchange import Exchange
 from embeddings.optim import OPTIMIZERS, RowOptimizer
 from embeddings.shard import Shard
-from trainer.config import Config, nearest
+from embeddings.tallies import IMPRESSIONS, Tally
+from trainer.config import Config, FeatureConfig, nearest
 from trainer.data import Batch, Logs, Schema
 from trainer.draws import Draws
 from trainer.errors import UserError
-from trainer.features import Features, IdFeature
+from trainer.features import Features, IdFeature, IdStatistics
 from trainer.heads import Task, TaskGraph
 from trainer.model import MultiTaskModel, PositionTower, make_body
 from trainer.numbers import NumberStats
@@ -70,6 +71,7 @@ def build(config: Config, exchange: Exchange, device: torch.device | None = None
         config.tables,
         row_optimizer(config),
         exchange,
+        tallies=_tallies(config),
         labels=[name for name, task in config.tasks.items() if task.loss == "bce"],
         seed=config.train.seed,
         device=device,
@@ -145,7 +147,7 @@ def _average(keep: float, averaged: list[Tensor], current: list[Tensor], steps: 
 
 def open_logs(config: Config) -> Logs:
     """The logs that a configuration names, with the columns that its features and tasks need."""
-    ids = {name: f.column or name for name, f in config.features.items() if f.kind != "number"}
+    ids = {name: f.column or name for name, f in config.features.items() if f.kind in ("id", "ids")}
     numbers = {name: f.column or name for name, f in config.features.items() if f.kind == "number"}
     schema = Schema(
         ids,
@@ -172,13 +174,49 @@ def _features(config: Config) -> Features:
             shallow.dropout if shallow and name in selection else feature.dropout,
         )
         for name, feature in config.features.items()
-        if feature.kind != "number"
+        if feature.kind in ("id", "ids")
     }
     return Features(
         {name: feature for name, feature in ids.items() if name not in selection},
         {name: ids[name] for name in selection},
-        len(config.features) - len(ids),
+        sum(feature.kind == "number" for feature in config.features.values()),
+        [_statistics(config, feature) for feature in config.features.values() if feature.kind == "id_stats"],
     )
+
+
+def _events(feature: FeatureConfig) -> list[str]:
+    """Which events the statistics of a feature count, each once."""
+    rates_of = [IMPRESSIONS, *(event for each in feature.of for event in each.split("/"))]
+    plain = all("/" in each or each == IMPRESSIONS for each in feature.of)
+    return list(dict.fromkeys(rates_of[1:] if plain else rates_of))
+
+
+def _tally(feature: FeatureConfig, event: str) -> Tally:
+    """The name tells tallies of one event apart: click_7d, click_7d_batch."""
+    by_day = feature.until == "day"
+    name = f"{event}_{feature.half_life_days:g}d" + ("" if by_day else "_batch")
+    return Tally(name, {event: 1.0}, feature.half_life_days, by_day)
+
+
+def _tallies(config: Config) -> dict[str, list[Tally]]:
+    """What each table counts for its statistics."""
+    found: dict[str, dict[str, Tally]] = {}
+    for feature in config.features.values():
+        if feature.kind == "id_stats":
+            tallies = [_tally(feature, event) for event in _events(feature)]
+            found.setdefault(feature.table or "", {}).update({tally.name: tally for tally in tallies})
+    return {table: list(by_name.values()) for table, by_name in found.items()}
+
+
+def _statistics(config: Config, feature: FeatureConfig) -> IdStatistics:
+    table = feature.table or ""
+    names = [tally.name for tally in _tallies(config)[table]]
+    place = {event: names.index(_tally(feature, event).name) for event in _events(feature)}
+    counts = [place[each] for each in feature.of if "/" not in each]
+    parts = [each.split("/") if "/" in each else [each, IMPRESSIONS] for each in feature.of if each != IMPRESSIONS]
+    reader = next(n for n, f in config.features.items() if f.kind == "id" and f.table == table)
+    rates = tuple((place[part], place[whole]) for part, whole in parts)
+    return IdStatistics(feature.id or reader, table, tuple(counts), rates, feature.smoothing)
 
 
 def _tasks(config: Config) -> dict[str, Task]:

@@ -18,7 +18,7 @@ def train_step(learner: Learner, batch: Batch, day: int) -> Tensor:
     batch = batch.to(learner.device)
     draws = learner.draws(batch, day)
 
-    numbers_BK = features.numbers(batch, blocks)
+    numbers_BK = features.numbers(batch, blocks, learner.embeddings.shard.overall_S)
     numbers_3K = learner.stats.measure(numbers_BK)
     weights_2T = denominators(graph, batch.labels_BT, batch.weights_B)
     sums = exchange.all_reduce(torch.cat([numbers_3K.flatten(), weights_2T.flatten()]))  # collective
@@ -52,7 +52,9 @@ def score_step(learner: Learner, batch: Batch) -> Tensor:
     blocks = learner.embeddings.pull(batch.ids, insert=False)  # collective
     batch = batch.to(learner.device)
     vectors = features.vectors(blocks, batch, None)
-    x_BI = features.main(vectors, learner.stats.standardise(features.numbers(batch, blocks)))
+    x_BI = features.main(
+        vectors, learner.stats.standardise(features.numbers(batch, blocks, learner.embeddings.shard.overall_S))
+    )
     selection = features.selection(vectors, batch, None)
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         logits_BT: Tensor = learner.averaged(x_BI, selection, None)
