@@ -8,7 +8,7 @@ import torch
 from embeddings.exchange import smallest
 from embeddings.shard import COUNTS, Shard
 
-_TOP = 0.01
+_TOP = 100  # of so many ids, the most frequent one
 
 
 def account(shard: Shard) -> dict[str, dict[str, float]]:
@@ -52,6 +52,6 @@ def _top_share(shard: Shard, table: str, num_rows: int) -> float:
     rows = pool.ids.rows(shard.number[table])
     count = pool.ids.count_R[rows].astype(np.int64)
     order = torch.from_numpy(np.stack([(1 << 40) - count, pool.ids.key_R[rows]]))
-    top = smallest(order, math.ceil(num_rows * _TOP), shard.exchange).numpy()
+    top = smallest(order, math.ceil(num_rows / _TOP), shard.exchange).numpy()
     sums = shard.exchange.all_reduce(torch.tensor([count[top].sum(), count.sum()], dtype=torch.int64))
     return float(sums[0] / sums[1].clamp(min=1))

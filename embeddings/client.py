@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from embeddings.buckets import keys_of
-from embeddings.dedupe import Bytes, Distinct, Int64s, distinct
+from embeddings.dedupe import Bytes, Distinct, Int64s, distinct, transpose
 from embeddings.jagged import Jagged
 from embeddings.pool import RowPool
 from embeddings.shard import Shard
@@ -168,14 +168,15 @@ class ShardedEmbeddings:
 
     def push(self, blocks: list[Block]) -> None:
         """Send the rows' gradients to their owners, which make one optimizer step a row (collective)."""
-        for block, trained in zip(blocks, self._trained_defaults, strict=True):
+        for block in blocks:
             route, pool = block.route, block.pool
+            trained = self._trained_defaults[self.shard.pools.index(pool)]
             grad_UD = torch.zeros_like(block.rows_UD) if block.rows_UD.grad is None else block.rows_UD.grad
             summed_OD = grad_UD.to(self._payload).float()
             if route.owned_of_V is not None:
                 arrived_VD = self.exchange.all_to_all(grad_UD.to(self._payload), route.sent_W, route.received_W)
-                summed_OD = grad_UD.new_zeros(route.rows_O.size, pool.dim)
-                summed_OD.index_add_(0, route.owned_of_V, arrived_VD.float())
+                one_each = Jagged(route.owned_of_V, torch.arange(route.owned_of_V.numel() + 1, device=grad_UD.device))
+                summed_OD = transpose(one_each, route.rows_O.size).sums(arrived_VD.float())
             if trained.size:
                 self._train_defaults(pool, trained, route, summed_OD)
             has_row = route.rows_O >= 0

@@ -8,10 +8,12 @@ Shape letters: N ids of a batch, U distinct pairs, W workers.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 
 from embeddings.buckets import owner_of
+from embeddings.jagged import Jagged
 
 Int64s = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -35,10 +37,10 @@ def distinct(key_N: Int64s, table_N: Bytes, num_workers: int = 1) -> Distinct:
     return Distinct(*_distinct(key_N, table_N, num_workers))
 
 
-def transpose(index_N: Int64s, offsets: Int64s, num_pairs: int) -> tuple[Int64s, Int64s]:
-    """Bags of pairs (index_N cut at offsets) turned round: for each pair the bags that hold it, cut at new offsets."""
-    bags_N, pair_offsets = _transpose(index_N, offsets, num_pairs)
-    return bags_N, pair_offsets
+def transpose(bags: Jagged, num_pairs: int) -> Jagged:
+    """Lists of pairs turned round: for each pair the lists that hold it."""
+    turned = _transpose(bags.values_N.cpu().numpy(), bags.offsets.cpu().numpy(), num_pairs)
+    return Jagged(*(torch.from_numpy(array).to(bags.offsets.device) for array in turned))
 
 
 @njit(nogil=True, cache=True)

@@ -108,5 +108,7 @@ def to_float16(x: Tensor, chance: Tensor) -> Tensor:
     """
     _, exponent = torch.frexp(x)
     spacing = torch.ldexp(torch.ones_like(x), exponent.clamp(min=_FLOAT16_EXPONENT) - _FLOAT16_DIGITS)
-    rounded = torch.floor(x / spacing + chance) * spacing
+    units = x / spacing
+    below = units.floor()
+    rounded = (below + (chance < units - below)) * spacing  # floor(units + chance) would round the sum first
     return rounded.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()

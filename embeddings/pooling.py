@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from embeddings.client import Block
 from embeddings.dedupe import transpose
@@ -75,7 +74,7 @@ def statistics(block: Block, feature: str) -> Tensor:
     num_rows = block.ids.num_rows // len(block.features)
     first = block.features.index(feature) * num_rows
     lists = block.ids.select(torch.arange(first, first + num_rows, device=block.ids.offsets.device))
-    return _sum(block.statistics_US, lists.values_N, lists.offsets)
+    return lists.sums(block.statistics_US)
 
 
 class _Bags(torch.autograd.Function):
@@ -86,18 +85,10 @@ class _Bags(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_UD: Tensor, bags: Jagged, scale_G1: Tensor | None) -> Tensor:
         ctx.bags, ctx.scale_G1, ctx.num_rows = bags, scale_G1, rows_UD.shape[0]
-        pooled_GD = _sum(rows_UD, bags.values_N, bags.offsets)
+        pooled_GD = bags.sums(rows_UD)
         return pooled_GD if scale_G1 is None else pooled_GD.mul_(scale_G1)
 
     @staticmethod
     def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None, None]:
         scaled_GD = grad_GD.contiguous() if ctx.scale_G1 is None else grad_GD * ctx.scale_G1
-        turned = transpose(ctx.bags.values_N.cpu().numpy(), ctx.bags.offsets.cpu().numpy(), ctx.num_rows)
-        bags_N, offsets = (torch.from_numpy(array).to(grad_GD.device) for array in turned)
-        return _sum(scaled_GD, bags_N, offsets), None, None
-
-
-def _sum(rows: Tensor, index_N: Tensor, offsets: Tensor) -> Tensor:
-    if rows.shape[0] == 0:
-        return rows.new_zeros(offsets.numel() - 1, rows.shape[1])
-    return embedding_bag(index_N, rows, offsets, mode="sum", include_last_offset=True)
+        return transpose(ctx.bags, ctx.num_rows).sums(scaled_GD), None, None

@@ -161,7 +161,7 @@ class Shard:
         weight_UD = self._first_weight(key, table)
         rows_U = np.full(key_U.size, -1, np.int64)
         rows_U[due_U] = rows = pool.add(key, table, weight_UD)
-        pool.ids.count_R[rows] = (total_U - count_U)[due_U]
+        pool.ids.count_R[rows] = np.maximum(total_U - count_U, 0)[due_U]  # a sketch counts no further than 255
         waited = self._min_count_T[table] > 1
         self._end_wait(key[waited], table[waited])
         self.count("new", table)
@@ -295,9 +295,12 @@ class Shard:
         pool.write(rows, torch.from_numpy(known["weight"]), _states(pool, known))
 
     def fit(self) -> None:
-        """After rows came from a snapshot: a table that may not grow holds no more than its capacity, or TooManyRows is
-        raised. Collective.
+        """After rows came from a snapshot: it is the newest day on which an id was seen, and a table that may not grow
+        holds no more than its capacity, or TooManyRows is raised. Collective.
         """
+        day_W = torch.zeros(self.exchange.num_workers, dtype=torch.int64)
+        day_W[self.exchange.rank] = max(self.periods.days)
+        self.begin_day(int(self.exchange.all_reduce(day_W).max().item()))
         for name, table in self.tables.items():
             mine = torch.tensor([self.pool_of(name).ids.num_rows_T[self.number[name]]])
             rows = int(self.exchange.all_reduce(mine).item())

@@ -66,6 +66,7 @@ class Snapshot:
             keys.clear()
         shard.before_change = self._before_change
         shard.periods.saved()
+        shard.ledger.begin(shard.periods)
 
     def _before_change(self, pool: RowPool, rows: Int64s) -> None:
         self._frozen[self._shard.pools.index(pool)].before_change(rows)

@@ -20,6 +20,7 @@ from embeddings.idmap import IdMap
 
 Floats = NDArray[np.float32]
 TODAY = "_today"
+_MOST = 2**31 - 1  # sightings that a row's counter holds
 SIGHTINGS, IMPRESSIONS = "sightings", "impressions"  # every id of a batch; only those that are a row's own
 
 
@@ -60,13 +61,16 @@ class Periods:
         self.first_unsaved = self.now
 
     def past(self, day_U: Int64s) -> Int64s:
-        """Periods for the days of rows that come from a snapshot."""
+        """Periods for the days of rows that come from a snapshot. A day has one, however many pieces name it."""
         days, which_U = np.unique(day_U, return_inverse=True)
-        first, today = len(self.days), self.today
+        today, known = self.today, {day: period for period, day in enumerate(self.days)}
         for day in days.tolist():
-            self.begin(day)
-        self.begin(today)
-        return first + which_U
+            if day not in known:
+                self.begin(day)
+                known[day] = self.now
+        if self.today != today:
+            self.begin(today)
+        return np.array([known[day] for day in days.tolist()], np.int64)[which_U]
 
     def ages(self) -> Int64s:
         """Days since each period: [P]."""
@@ -155,7 +159,7 @@ def _add(rows_U, event_UE, period, known_R, age_P, decay_PTS, weight_TSE, column
         if rows_U[u] < 0:
             continue
         row = known_R[rows_U[u]]
-        row.count += event_UE[u, 0]
+        row.count = min(row.count + event_UE[u, 0], _MOST)
         for s in range(decay_PTS.shape[2]):
             column, today = column_TS2[row.table, s]
             if column < 0:
