@@ -1,5 +1,5 @@
-"""Does retraining every night pay, and does the body matter? Our models and their peers on globo_rank, the same
-protocol for all.
+"""Does retraining every night pay, do id statistics, does the body matter? Our models and their peers on globo_rank,
+the same protocol for all.
 
 In: the folder with day=2017-10-01/ and so on, and the peers' metrics (benchmarks.globo_peers --json). Out:
 docs/results.md. Each day is scored before it is trained on; `frozen` scores all days with the model of the day before
@@ -10,6 +10,7 @@ the first. Differences are paired by seed and day.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import datetime
 import json
 import multiprocessing
@@ -25,8 +26,9 @@ Metrics = dict[str, dict[str, Any]]  # address -> metric -> value
 Results = dict[str, dict[str, dict[str, Metrics]]]  # model -> seed -> day -> metrics
 
 CONFIG = "configs/globo.yaml"
-BODIES = {
+MODELS: dict[str, list[str]] = {  # overrides of the configuration
     "MMoE": [],
+    "MMoE without id statistics": [],
     "shared-bottom": ["model.body={kind: shared_bottom, layers: [256, 64]}"],
 }
 COLUMNS = {
@@ -55,8 +57,11 @@ def run(
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"data.path={data}", f"checkpoints.path={folder}", f"train.seed={seed}", *BODIES[body]]
+        overrides = [f"data.path={data}", f"checkpoints.path={folder}", f"train.seed={seed}", *MODELS[body]]
         config = load(CONFIG, overrides)
+        if body.endswith("without id statistics"):
+            logged = {name: feature for name, feature in config.features.items() if feature.kind != "id_stats"}
+            config = dataclasses.replace(config, features=logged)
         checkpoints = open_checkpoints(config)
         plans = pending(config, open_logs(config), checkpoints, None, through)
         train(config, plans, use_ray=False, on_event=lambda event: None)
@@ -76,7 +81,7 @@ def gather(options: argparse.Namespace) -> tuple[Results, dict[str, int]]:
     results: Results = {}
     parameters = {}
     jobs = [
-        (body, seed, options.data, options.first, options.through) for seed in range(options.seeds) for body in BODIES
+        (body, seed, options.data, options.first, options.through) for seed in range(options.seeds) for body in MODELS
     ]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.processes, mp_context=context) as pool:
@@ -152,7 +157,8 @@ def page(results: Results, parameters: dict[str, int], options: argparse.Namespa
             "and `configs/globo.yaml`. Every day is scored before it is trained on; means over",
             f"{options.first} .. {options.through} and {options.seeds} seeds, ± the standard deviation over the seeds.",
             f"Dense parameters: {sizes}. `frozen` scores all days with the model of the day before the first.",
-            "LightGBM sees the given columns, refitted every day on the five days before it.",
+            "LightGBM sees the given columns, refitted every day on the five days before it. Id statistics: what happened",
+            "to the user and to the article until the day before, counted by the embedding store (`kind: id_stats`).",
             "",
             *table(results),
             "",

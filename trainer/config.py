@@ -59,10 +59,9 @@ class FeatureConfig:
     last so many ids count. dropout: the share of training rows on which the feature reads as unknown. transform:
     applied to a number before standardising.
 
-    of: what to count of the ids of the feature `id` (default: the only feature of kind id that reads the table):
-    `impressions`, tasks (each gives its count and its rate per impression), or rates such as `buy/click`; counts halve
-    in half_life_days; rates are smoothed by the overall rate, worth `smoothing` events. until: what happened before
-    this `day`, or before this `batch`.
+    of: numbers about the ids of the feature `id` (default: the only feature of kind id that reads the table): counts
+    of `impressions` or of a task's event, rates such as `buy/click`. Counts halve in half_life_days; rates are smoothed
+    by the overall rate, worth `smoothing` clicks here. until: what happened before this `day`, or before this `batch`.
     """
 
     kind: Literal["id", "ids", "number", "id_stats"]

@@ -32,28 +32,25 @@ class IdFeature:
 
 @dataclass(frozen=True)
 class IdStatistics:
-    """Numbers from what happened to a feature's id, whose statistics are the table's: counts, their places among
-    these; rates, pairs of places, numerator and denominator. smoothing: how many impressions (or what the denominator
-    is) the overall rate counts for.
+    """Numbers from what happened to a feature's id. of: for each number one place among the table's statistics, a
+    count, or two, a rate. smoothing: how many of what a rate divides by the overall rate counts for.
     """
 
     feature: str
     table: str
-    counts: tuple[int, ...]
-    rates: tuple[tuple[int, int], ...]
+    of: Sequence[tuple[int, ...]]
     smoothing: float
-
-    def __len__(self) -> int:
-        return len(self.counts) + len(self.rates)
 
     def numbers(self, statistics_BS: Tensor, overall_S: Tensor) -> Tensor:
         """log1p of each count, and each smoothed rate: [B, K]."""
-        columns = [torch.log1p(statistics_BS[:, s]) for s in self.counts]
-        for part, whole in self.rates:
-            overall = overall_S[part] / overall_S[whole].clamp(min=1e-9)
-            some_B, all_B = statistics_BS[:, part], statistics_BS[:, whole]
-            columns.append((some_B + self.smoothing * overall) / (all_B + self.smoothing))
-        return torch.stack(columns, dim=1)
+        return torch.stack([self._number(place, statistics_BS, overall_S) for place in self.of], dim=1)
+
+    def _number(self, place: tuple[int, ...], statistics_BS: Tensor, overall_S: Tensor) -> Tensor:
+        count_B = statistics_BS[:, place[0]]
+        if len(place) == 1:
+            return torch.log1p(count_B)
+        overall = overall_S[place[0]] / overall_S[place[1]].clamp(min=1e-9)
+        return (count_B + self.smoothing * overall) / (statistics_BS[:, place[1]] + self.smoothing)
 
 
 class Features:
@@ -72,7 +69,7 @@ class Features:
 
     @property
     def num_numbers(self) -> int:
-        return self.num_logged + sum(map(len, self.statistics))
+        return self.num_logged + sum(len(each.of) for each in self.statistics)
 
     @property
     def input_dim(self) -> int:

@@ -14,7 +14,7 @@ from embeddings.client import ShardedEmbeddings
 from embeddings.exchange import Exchange
 from embeddings.optim import OPTIMIZERS, RowOptimizer
 from embeddings.shard import Shard
-from embeddings.tallies import IMPRESSIONS, Tally
+from embeddings.tallies import Tally
 from trainer.config import Config, FeatureConfig, nearest
 from trainer.data import Batch, Logs, Schema
 from trainer.draws import Draws
@@ -186,9 +186,7 @@ def _features(config: Config) -> Features:
 
 def _events(feature: FeatureConfig) -> list[str]:
     """Which events the statistics of a feature count, each once."""
-    rates_of = [IMPRESSIONS, *(event for each in feature.of for event in each.split("/"))]
-    plain = all("/" in each or each == IMPRESSIONS for each in feature.of)
-    return list(dict.fromkeys(rates_of[1:] if plain else rates_of))
+    return list(dict.fromkeys(event for each in feature.of for event in each.split("/")))
 
 
 def _tally(feature: FeatureConfig, event: str) -> Tally:
@@ -212,11 +210,9 @@ def _statistics(config: Config, feature: FeatureConfig) -> IdStatistics:
     table = feature.table or ""
     names = [tally.name for tally in _tallies(config)[table]]
     place = {event: names.index(_tally(feature, event).name) for event in _events(feature)}
-    counts = [place[each] for each in feature.of if "/" not in each]
-    parts = [each.split("/") if "/" in each else [each, IMPRESSIONS] for each in feature.of if each != IMPRESSIONS]
+    numbers = [tuple(place[event] for event in each.split("/")) for each in feature.of]
     reader = next(n for n, f in config.features.items() if f.kind == "id" and f.table == table)
-    rates = tuple((place[part], place[whole]) for part, whole in parts)
-    return IdStatistics(feature.id or reader, table, tuple(counts), rates, feature.smoothing)
+    return IdStatistics(feature.id or reader, table, numbers, feature.smoothing)
 
 
 def _tasks(config: Config) -> dict[str, Task]:
