@@ -154,7 +154,8 @@ class ShardedEmbeddings:
             rows_O, statistics_OS = shard.meet(pool, key_O, table_O, event_OE)
         else:
             rows_O, statistics_OS = shard.find(pool, key_O, table_O)
-        rows_OD = pool.lookup(np.where(rows_O < 0, pool.default_rows(table_O), rows_O))
+        lacking = rows_O < 0
+        rows_OD = pool.lookup(np.where(lacking, pool.default_rows(table_O), rows_O) if lacking.any() else rows_O)
         route = _Route(sent_W, received_W, rows_O, table_O, owned_of_V)
         statistics = self._back(torch.from_numpy(statistics_OS).to(shard.device), route, torch.float32)
         return self._back(rows_OD, route, self._payload), statistics, route

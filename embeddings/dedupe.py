@@ -34,7 +34,10 @@ class Distinct:
 
 def distinct(key_N: Int64s, table_N: Bytes, num_workers: int = 1) -> Distinct:
     """The pairs in the order of their first appearance, within each owner."""
-    return Distinct(*_distinct(key_N, table_N, num_workers))
+    key_U, table_U, index_N, count_U = _distinct(key_N, table_N)
+    if num_workers == 1:
+        return Distinct(key_U, table_U, index_N, count_U, np.array([key_U.size]))
+    return Distinct(*_by_owner(key_U, table_U, index_N, count_U, num_workers))
 
 
 def transpose(bags: Jagged, num_pairs: int) -> Jagged:
@@ -44,45 +47,47 @@ def transpose(bags: Jagged, num_pairs: int) -> Jagged:
 
 
 @njit(nogil=True, cache=True)
-def _distinct(key_N, table_N, num_workers):  # type: ignore[no-untyped-def]
+def _distinct(key_N, table_N):  # type: ignore[no-untyped-def]
     num_slots = 1024
     while num_slots < 2 * key_N.size:
         num_slots *= 2
     slots = np.full(num_slots, -1, np.int32)
-    first_U = np.empty(key_N.size, np.int64)  # where each pair appeared first
-    index_N = np.empty(key_N.size, np.int64)
+    key_U, table_U = np.empty(key_N.size, np.int64), np.empty(key_N.size, np.uint8)
+    index_N, count_U = np.empty(key_N.size, np.int64), np.zeros(key_N.size, np.int64)
     found = 0
     for n in range(key_N.size):
-        slot = (key_N[n] ^ (table_N[n] << 11)) & (num_slots - 1)
-        while True:
-            u = slots[slot]
-            if u < 0:
-                slots[slot] = u = found
-                first_U[u] = n
-                found += 1
-                break
-            if key_N[first_U[u]] == key_N[n] and table_N[first_U[u]] == table_N[n]:
-                break
+        key, table = key_N[n], table_N[n]
+        slot = (key ^ (table << 11)) & (num_slots - 1)
+        u = slots[slot]
+        while u >= 0 and (key_U[u] != key or table_U[u] != table):
             slot = (slot + 1) & (num_slots - 1)
+            u = slots[slot]
+        if u < 0:
+            slots[slot] = u = found
+            key_U[u], table_U[u] = key, table
+            found += 1
         index_N[n] = u
+        count_U[u] += 1
+    return key_U[:found], table_U[:found], index_N, count_U[:found]
 
+
+@njit(nogil=True, cache=True)
+def _by_owner(key_U, table_U, index_N, count_U, num_workers):  # type: ignore[no-untyped-def]
+    """The same, its pairs grouped by owner, and how many each owner has."""
     sizes_W = np.zeros(num_workers, np.int64)
-    for u in range(found):
-        sizes_W[owner_of(key_N[first_U[u]], num_workers)] += 1
-    next_W = np.cumsum(sizes_W) - sizes_W
-    place_U = np.empty(found, np.int64)
-    key_U, table_U = np.empty(found, np.int64), np.empty(found, np.uint8)
-    for u in range(found):
-        key, owner = key_N[first_U[u]], owner_of(key_N[first_U[u]], num_workers)
+    for key in key_U:
+        sizes_W[owner_of(key, num_workers)] += 1
+    next_W, place_U = np.cumsum(sizes_W) - sizes_W, np.empty(key_U.size, np.int64)
+    for u in range(key_U.size):
+        owner = owner_of(key_U[u], num_workers)
         place_U[u] = next_W[owner]
-        key_U[next_W[owner]], table_U[next_W[owner]] = key, table_N[first_U[u]]
         next_W[owner] += 1
-
-    count_U = np.zeros(found, np.int64)
-    for n in range(key_N.size):
+    keys, tables, counts = np.empty_like(key_U), np.empty_like(table_U), np.empty_like(count_U)
+    for u in range(key_U.size):
+        keys[place_U[u]], tables[place_U[u]], counts[place_U[u]] = key_U[u], table_U[u], count_U[u]
+    for n in range(index_N.size):
         index_N[n] = place_U[index_N[n]]
-        count_U[index_N[n]] += 1
-    return key_U, table_U, index_N, count_U, sizes_W
+    return keys, tables, index_N, counts, sizes_W
 
 
 @njit(nogil=True, cache=True)

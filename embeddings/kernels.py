@@ -2,14 +2,15 @@
 
 A kernel holds R rows of D numbers, float32 or float16, and does two things with them: look up, and subtract a step.
 The optimizer's arithmetic lives in optim.py: on CPU, FBGEMM's fused optimizers cost several times more than the step
-itself, and most of its optimizers have no CPU kernel at all. Its backward is not used either: gathering the rows,
-subtracting and writing them back takes a half to a third of its time on CPU.
+itself, and most of its optimizers have no CPU kernel at all. Its backward is not used either: a plain loop that
+subtracts takes a tenth of its time on CPU.
 
 Shape letters: R rows, U distinct rows, D numbers a row.
 """
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -19,8 +20,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     PoolingMode,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
+from numba import njit
 from torch import Tensor
 
+_BLOCK = 64
 _FLOAT16_MAX = 65504.0
 _FLOAT16_DIGITS = 11  # binary digits of its mantissa
 _FLOAT16_EXPONENT = -13  # of its smallest normal number, as frexp gives it
@@ -93,11 +96,29 @@ class TorchRows:
 
 
 def _subtract(weight_RD: Tensor, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
+    if weight_RD.dtype == torch.float32 and weight_RD.device.type == "cpu":
+        _subtract_on_host(weight_RD.numpy(), rows_U.numpy(), step_UD.numpy())
+        return
     stepped_UD = weight_RD.index_select(0, rows_U).float().sub_(step_UD)
     if weight_RD.dtype == torch.float16:
         assert chance_UD is not None, "float16 rows are rounded by chance"
         stepped_UD = to_float16(stepped_UD, chance_UD)
     weight_RD.index_copy_(0, rows_U, stepped_UD)
+
+
+@njit(nogil=True, cache=True)
+def _subtract_on_host(weight_RD, rows_U, step_UD):  # type: ignore[no-untyped-def]
+    """In blocks: first a number of each row is read, so that the rows' cache misses overlap; several times faster."""
+    touched = np.float32(0)
+    for first in range(0, rows_U.size, _BLOCK):
+        end = min(first + _BLOCK, rows_U.size)
+        for u in range(first, end):
+            touched += weight_RD[rows_U[u], 0]
+        for u in range(first, end):
+            weight_D, step_D = weight_RD[rows_U[u]], step_UD[u]
+            for d in range(step_D.size):
+                weight_D[d] -= step_D[d]
+    return touched  # else the compiler would drop the reads
 
 
 def to_float16(x: Tensor, chance: Tensor) -> Tensor:

@@ -104,8 +104,9 @@ def _small_parts(shard: Shard, table: str, since: int, base: bool) -> Iterator[t
             {"bucket": np.array(shard.buckets, np.int16), "cells": cells.reshape(len(cells), -1).copy()},
         )
     if shard.tables[table].default_row == "trained" and shard.exchange.rank == 0:
-        rows = pool.default_rows(np.array([t], np.uint8))
-        yield table, "default", _named(shard, table, pool.known(rows))
+        known = pool.known(pool.default_rows(np.array([t], np.uint8)))
+        columns = {name: known[name] for name in ("weight", *pool.optimizer.states, "count")}  # it has no id and no day
+        yield table, "default", {"bucket": np.zeros(1, np.int16)} | columns
 
 
 def _gone(keys: Sequence[Int64s], table: int, ids: IdMap) -> Int64s:
@@ -146,7 +147,8 @@ class _Parts:
         if content.num_rows == 0:
             return
         if (table, kind) not in self._writers:
-            path = f"{table}/{kind}-{self._buckets.start:04d}-{self._buckets.stop - 1:04d}.parquet"
+            buckets = self._covered(kind)
+            path = f"{table}/{kind}-{buckets.start:04d}-{buckets.stop - 1:04d}.parquet"
             self._filesystem.create_dir(f"{self._folder}/{table}", recursive=True)
             writer = pq.ParquetWriter(
                 f"{self._folder}/{path}",
@@ -164,8 +166,12 @@ class _Parts:
     def close(self) -> list[Part]:
         for _, writer in self._writers.values():
             writer.close()
-        buckets = (self._buckets.start, self._buckets.stop)
-        return [Part(path, *key, buckets, self._rows[key]) for key, (path, _) in self._writers.items()]
+        found = [(path, key, self._covered(key[1])) for key, (path, _) in self._writers.items()]
+        return [Part(path, *key, (buckets.start, buckets.stop), self._rows[key]) for path, key, buckets in found]
+
+    def _covered(self, kind: str) -> range:
+        """A default row is every worker's."""
+        return range(NUM_BUCKETS) if kind == "default" else self._buckets
 
 
 def _arrow(column: NDArray[Any]) -> pa.Array:

@@ -21,7 +21,7 @@ ORDER = {
 # Who may import what is large, slow to start, or likely to change under us.
 DOORS = {
     "fbgemm_gpu": {"embeddings/kernels.py"},
-    "numba": {f"embeddings/{name}.py" for name in ("buckets", "dedupe", "idmap", "tallies", "admission")},
+    "numba": {f"embeddings/{name}.py" for name in ("buckets", "dedupe", "idmap", "kernels", "tallies", "admission")},
     "ray": {"trainer/workers.py"},
     "mlflow": {"trainer/tracking.py"},
     "matplotlib": {"trainer/pictures.py"},
