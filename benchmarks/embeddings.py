@@ -205,7 +205,7 @@ def deltas(dim: int, folder: str) -> dict[str, list[dict[str, float]]]:
     by_touched, by_rows = [], []
     for rows in (1_000_000, 4_000_000, 16_000_000):
         filled = Filled(rows, dim)
-        filled.shard.periods.saved()  # as if a base had just been written
+        filled.shard.saved()  # as if a base had just been written
         for touched in (50_000, 200_000, 800_000) if rows == 4_000_000 else (200_000,):
             chosen = torch.randperm(rows)[:touched]
             filled.touch(chosen)

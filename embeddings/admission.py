@@ -50,14 +50,18 @@ class CountSketch:
         width = max(1, cells // (NUM_BUCKETS * _NUM_HASHES))
         self.first_bucket = buckets.start
         self.cells = np.zeros((len(buckets), _NUM_HASHES, width), np.uint8)
+        self.day = 0  # none yet
 
     def add(self, key_U: Int64s, count_U: Int64s) -> Int64s:
         """Count more sightings of distinct keys; returns the estimate of each so far."""
         estimate_U: Int64s = _add(self.cells, self.first_bucket, key_U, count_U)
         return estimate_U
 
-    def halve(self) -> None:
-        self.cells >>= 1
+    def begin_day(self, day: int, forget_days: int) -> None:
+        """Halve the counts once for every forget_days that ended since the last day."""
+        ended = day // forget_days - self.day // forget_days if self.day else 0
+        self.cells >>= min(max(ended, 0), 8)
+        self.day = max(self.day, day)
 
 
 @njit(nogil=True, cache=True)

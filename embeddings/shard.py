@@ -104,16 +104,11 @@ class Shard:
     def begin_day(self, day: int) -> None:
         """From here on it is this day: a number that rises by one a day. Collective."""
         if day != self.periods.today:
-            self._halve_sketches(self.periods.today, day)
             self.periods.begin(day)
         self.ledger.begin(self.periods)
-        self.overall_S = {name: self._sum_statistics(name) for name in self.tables if self.statistics(name)}
-
-    def _halve_sketches(self, yesterday: int, today: int) -> None:
         for name, sketch in self.sketches.items():
-            every = self.tables[name].admission.forget_days
-            for _ in range(min(today // every - yesterday // every, 8) if yesterday else 0):
-                sketch.halve()
+            sketch.begin_day(day, self.tables[name].admission.forget_days)
+        self.overall_S = {name: self._sum_statistics(name) for name in self.tables if self.statistics(name)}
 
     def find(self, pool: RowPool, key_U: Int64s, table_U: Bytes) -> tuple[Int64s, Floats]:
         """The rows of distinct pairs, -1 where there is none, and their statistics. For scoring: nothing is counted but
@@ -130,11 +125,12 @@ class Shard:
         return self.ledger.read(pool.ids, rows_U)[:, 1:].copy()
 
     def _sum_statistics(self, table: str) -> Floats:
-        """A table's statistics over all of its ids and workers, as of today: [S] (collective). They are summed up in
+        """A table's statistics over all of its ids and workers, as today began: [S] (collective). They are summed up in
         whole 2^-20ths, so that the order of the rows does not matter.
         """
         pool = self.pool_of(table)
-        statistics_US = self._statistics(pool, pool.ids.rows(self.number[table]))
+        rows = pool.ids.rows(self.number[table])
+        statistics_US = self.ledger.read(pool.ids, rows, as_today_began=True)[:, 1:]
         total_S = np.rint(statistics_US.astype(np.float64) * 2**20).astype(np.int64).sum(0)
         return (self.exchange.all_reduce(torch.from_numpy(total_S)).numpy() / 2**20).astype(np.float32)
 
@@ -271,6 +267,11 @@ class Shard:
             uniform_UD = (hash64(torch.from_numpy(key_U)[places].unsqueeze(1) ^ columns_D) >> 11) / 2.0**52
             weight_UD[places] = (uniform_UD * config.init_scale).float()
         return weight_UD
+
+    def saved(self) -> None:
+        """From here on rows count as changed since the snapshot, which was just taken or loaded."""
+        self.periods.saved()
+        self.ledger.begin(self.periods)
 
     def export(self, table: str) -> Columns:
         """All that is known of a table's rows here, sorted by key: RowPool.known, and the day each was last seen."""

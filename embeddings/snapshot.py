@@ -65,8 +65,7 @@ class Snapshot:
         for keys in (*shard.evicted.values(), *shard.admitted.values()):
             keys.clear()
         shard.before_change = self._before_change
-        shard.periods.saved()
-        shard.ledger.begin(shard.periods)
+        shard.saved()
 
     def _before_change(self, pool: RowPool, rows: Int64s) -> None:
         self._frozen[self._shard.pools.index(pool)].before_change(rows)
@@ -97,15 +96,13 @@ def _small_parts(shard: Shard, table: str, since: int, base: bool) -> Iterator[t
         yield table, "evicted", _ids(_gone(shard.evicted[table], t, pool.ids))
         yield table, "admitted", _ids(_gone(shard.admitted[table], t, waiting))
     if table in shard.sketches:
-        cells = shard.sketches[table].cells
-        yield (
-            table,
-            "sketch",
-            {"bucket": np.array(shard.buckets, np.int16), "cells": cells.reshape(len(cells), -1).copy()},
-        )
+        sketch = shard.sketches[table]
+        columns: Columns = {"bucket": np.array(shard.buckets, np.int16)}
+        columns |= {"cells": sketch.cells.reshape(len(sketch.cells), -1).copy()}
+        yield table, "sketch", columns | {"day": _date(np.full(len(sketch.cells), sketch.day))}
     if shard.tables[table].default_row == "trained" and shard.exchange.rank == 0:
         known = pool.known(pool.default_rows(np.array([t], np.uint8)))
-        columns = {name: known[name] for name in ("weight", *pool.optimizer.states, "count")}  # it has no id and no day
+        columns = {name: known[name] for name in ("weight", *pool.optimizer.states, "count")}  # no id, no day
         yield table, "default", {"bucket": np.zeros(1, np.int16)} | columns
 
 
@@ -213,12 +210,14 @@ def load(shard: Shard, filesystem: pyarrow.fs.FileSystem, layers: Sequence[Layer
             waiting.count_R[rows] = columns["count"]
             waiting.seen_R[rows] = shard.periods.past(_days(columns["last_seen_day"]))
         for columns in _newest(filesystem, layers, table, "sketch", shard.buckets) if table in shard.sketches else ():
-            cells = shard.sketches[table].cells
-            if columns["cells"].shape[1] == cells[0].size:  # a sketch of another size starts anew
-                cells[columns["bucket"] - shard.buckets.start] = columns["cells"].reshape(-1, *cells.shape[1:])
+            sketch = shard.sketches[table]
+            if columns["cells"].shape[1] == sketch.cells[0].size:  # a sketch of another size starts anew
+                cells = columns["cells"].reshape(-1, *sketch.cells.shape[1:])
+                sketch.cells[columns["bucket"] - shard.buckets.start] = cells
+                sketch.day = int(_days(columns["day"])[0])
         for columns in _newest(filesystem, layers, table, "default", range(NUM_BUCKETS)):
             shard.put_default(table, columns)
-    shard.periods.saved()
+    shard.saved()
 
 
 def compact(
@@ -231,13 +230,13 @@ def compact(
             rows = sum(
                 part.rows for layer in layers for part in layer.parts if (part.table, part.kind) == (table, kind)
             )
-            step = max(1, NUM_BUCKETS * _ROW_GROUP // max(rows, 1))
+            step, none = max(1, NUM_BUCKETS * _ROW_GROUP // max(rows, 1)), _no_rows(filesystem, layers, table, kind)
             for first in range(buckets.start, buckets.stop, step):
                 piece = range(first, min(first + step, buckets.stop))
                 found = list(read(filesystem, layers, table, kind, piece))
                 if found:
-                    columns = {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
-                    order = np.argsort(columns.pop("key"))
+                    order = np.argsort(np.concatenate([columns["key"] for columns in found]))
+                    columns = {name: np.concatenate([_column(of, name, none) for of in found]) for name in none}
                     parts.add(table, kind, {name: column[order] for name, column in columns.items()})
         elif kind not in _TOMBSTONES.values():
             whole = buckets if kind == "sketch" else range(NUM_BUCKETS if buckets.start == 0 else 0)
@@ -245,6 +244,22 @@ def compact(
                 columns.pop("key", None)
                 parts.add(table, kind, columns)
     return parts.close()
+
+
+def _no_rows(filesystem: pyarrow.fs.FileSystem, layers: Sequence[Layer], table: str, kind: str) -> Columns:
+    """The columns of all layers, empty: an optimizer or a tally may have come in between."""
+    none: Columns = {}
+    for path in (path for layer in layers for path in layer.paths(table, kind, range(NUM_BUCKETS))):
+        with filesystem.open_input_file(path) as stream:
+            content = pq.ParquetFile(stream).schema_arrow.empty_table()
+        none |= {name: _numpy(content[name].combine_chunks()) for name in content.column_names}
+    return none
+
+
+def _column(columns: Columns, name: str, none: Columns) -> NDArray[Any]:
+    """A column, or zeros where it was not known yet: it starts anew."""
+    zeros = np.zeros((columns["key"].size, *none[name].shape[1:]), none[name].dtype)
+    return columns.get(name, zeros)
 
 
 def read(

@@ -26,8 +26,8 @@ SIGHTINGS, IMPRESSIONS = "sightings", "impressions"  # every id of a batch; only
 
 @dataclass(frozen=True)
 class Tally:
-    """weights: by event; `sightings`, `impressions`, or what happened on a row. by_day: what happens today is read
-    from tomorrow on.
+    """weights: by event; `sightings`, `impressions`, or what happened on a row. by_day: as a statistic, what happens
+    today is read from tomorrow on.
     """
 
     name: str
@@ -78,38 +78,43 @@ class Periods:
 
 
 class Ledger:
-    """The tallies of each table (by its number), and how they move on. events: what is counted, by column."""
+    """The tallies of each table (by its number), and how they move on: first its value, then its statistics, of which
+    today's part stands apart. events: what is counted, by column.
+    """
 
     def __init__(self, tallies: Sequence[Sequence[Tally]], events: Sequence[str]):
         self.tallies, self.events = [list(of_table) for of_table in tallies], list(events)
         most = max((len(of_table) for of_table in tallies), default=0)
         self._weight_TSE = np.zeros((len(tallies), most, len(events)))
         self._half_life_TS = np.full((len(tallies), most), np.inf)
+        self._by_day_TS = np.zeros((len(tallies), most), np.bool_)
         self._column_TS2 = np.full((len(tallies), most, 2), -1)  # where a tally stands, and what of it is of today
         for t, of_table in enumerate(tallies):
             columns = self.columns(t)
             for s, tally in enumerate(of_table):
                 self._half_life_TS[t, s] = tally.half_life_days
                 self._column_TS2[t, s, 0] = columns.index(tally.name)
-                if tally.by_day:
+                if s:
                     self._column_TS2[t, s, 1] = columns.index(tally.name + TODAY)
+                    self._by_day_TS[t, s] = tally.by_day
                 for event, weight in tally.weights.items():
                     self._weight_TSE[t, s, self.events.index(event)] = weight
         self.begin(Periods())
 
     def columns(self, table: int) -> list[str]:
         """What each column of a table's tally_RC holds."""
-        tallies = self.tallies[table]
-        return [tally.name for tally in tallies] + [tally.name + TODAY for tally in tallies if tally.by_day]
+        names = [tally.name for tally in self.tallies[table]]
+        return names + [name + TODAY for name in names[1:]]
 
     def begin(self, periods: Periods) -> None:
         """Reckon how much is left of what was counted in each period."""
         self._age_P = periods.ages()
         self._decay_PTS = np.exp2(-self._age_P[:, None, None] / self._half_life_TS)
 
-    def read(self, ids: IdMap, rows_U: Int64s) -> Floats:
+    def read(self, ids: IdMap, rows_U: Int64s, *, as_today_began: bool = False) -> Floats:
         """The rows' tallies as of today: [U, S]; zeros for row -1 and for tallies that a row's table has not."""
-        tally_US: Floats = _read(rows_U, ids.known_R, self._age_P, self._decay_PTS, self._column_TS2)
+        by_day_TS = self._by_day_TS | as_today_began
+        tally_US: Floats = _read(rows_U, ids.known_R, self._age_P, self._decay_PTS, self._column_TS2, by_day_TS)
         return tally_US
 
     def add(self, ids: IdMap, rows_U: Int64s, event_UE: Int64s, period: int) -> None:
@@ -136,7 +141,7 @@ def add_rows(total_OE, index_V, event_VE):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _read(rows_U, known_R, age_P, decay_PTS, column_TS2):  # type: ignore[no-untyped-def]
+def _read(rows_U, known_R, age_P, decay_PTS, column_TS2, by_day_TS):  # type: ignore[no-untyped-def]
     tally_US = np.zeros((rows_U.size, decay_PTS.shape[2]), np.float32)
     for u in range(rows_U.size):
         if rows_U[u] < 0:
@@ -147,7 +152,7 @@ def _read(rows_U, known_R, age_P, decay_PTS, column_TS2):  # type: ignore[no-unt
             if column < 0:
                 continue
             total = np.float64(row.tally[column])
-            if today >= 0 and age_P[row.seen] > 0:
+            if today >= 0 and (age_P[row.seen] > 0 or not by_day_TS[row.table, s]):
                 total += row.tally[today]
             tally_US[u, s] = total * decay_PTS[row.seen, row.table, s]
     return tally_US
