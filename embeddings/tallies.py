@@ -109,7 +109,8 @@ class Ledger:
     def begin(self, periods: Periods) -> None:
         """Reckon how much is left of what was counted in each period."""
         self._age_P = periods.ages()
-        self._decay_PTS = np.exp2(-self._age_P[:, None, None] / self._half_life_TS)
+        past_P11 = self._age_P.clip(min=0)[:, None, None]  # while a snapshot is read, its days lie ahead
+        self._decay_PTS = np.exp2(-past_P11 / self._half_life_TS)
 
     def read(self, ids: IdMap, rows_U: Int64s, *, as_today_began: bool = False) -> Floats:
         """The rows' tallies as of today: [U, S]; zeros for row -1 and for tallies that a row's table has not."""

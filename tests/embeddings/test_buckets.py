@@ -1,10 +1,10 @@
-"""Who owns an id: hash64 against splitmix64 in plain integers, ranges of buckets against plain counting."""
+"""Who owns an id: hash64 against splitmix64 in plain integers, owners against plain counting of buckets."""
 
-import pytest
+import numpy as np
 import torch
 from torch import Tensor
 
-from embeddings.buckets import NUM_BUCKETS, bucket_of, first_bucket, hash64, shard_sizes, unhash64
+from embeddings.buckets import NUM_BUCKETS, bucket_of, buckets_of, hash64, keys_of, owner_of, unhash64
 
 EXTREMES = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, -(2**62), 0x5555555555555555]
 GAMMA = 0x9E3779B97F4A7C15
@@ -57,45 +57,49 @@ def test_every_output_bit_of_hash64_depends_on_every_input_bit() -> None:
         assert (rate - 0.5).abs().max() < 0.04
 
 
+def test_keys_of_equals_hash64_and_leaves_the_ids_alone() -> None:
+    ids = torch.cat([torch.tensor(EXTREMES), torch.arange(-1_000, 1_000), random_ids(100_000, seed=5)])
+    given = ids.clone().numpy()
+    keys = keys_of(given)
+    assert keys.dtype == np.int64 and np.array_equal(keys, hash64(ids).numpy())
+    assert np.array_equal(given, ids.numpy()) and keys_of(given[:0]).size == 0
+    assert np.array_equal(keys_of(given[::3]), keys[::3])  # any memory layout
+
+
 def test_a_bucket_is_the_top_bits_of_the_key_and_rises_with_it() -> None:
-    keys = torch.cat([torch.tensor(EXTREMES), random_ids(5_000, seed=3)]).sort().values
+    keys = torch.cat([torch.tensor(EXTREMES), random_ids(5_000, seed=3)]).sort().values.numpy()
     buckets = bucket_of(keys)
     # plain integers: move the keys to 0 .. 2^64 - 1, then divide
     assert buckets.tolist() == [(key + 2**63) // (2**64 // NUM_BUCKETS) for key in keys.tolist()]
-    assert buckets[0] == 0 and buckets[-1] == NUM_BUCKETS - 1 and (buckets.diff() >= 0).all()
+    assert buckets[0] == 0 and buckets[-1] == NUM_BUCKETS - 1 and (np.diff(buckets) >= 0).all()
+    assert [bucket_of(key) for key in keys[:100].tolist()] == buckets[:100].tolist()  # one key like an array of them
 
 
 def test_consecutive_ids_spread_evenly_over_the_buckets() -> None:
-    buckets = bucket_of(hash64(torch.arange(100 * NUM_BUCKETS)))
-    counts = torch.bincount(buckets, minlength=NUM_BUCKETS).double()
-    chi_square = ((counts - 100) ** 2 / 100).sum().item()
+    buckets = bucket_of(keys_of(np.arange(100 * NUM_BUCKETS)))
+    counts = np.bincount(buckets, minlength=NUM_BUCKETS)
+    chi_square = ((counts - 100.0) ** 2 / 100).sum()
     # chi-square with 4,095 degrees of freedom: mean 4,095, sigma 90.5; five sigmas
     assert abs(chi_square - (NUM_BUCKETS - 1)) < 5 * 90.5
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 5, 7, 64, 1_000, NUM_BUCKETS])
-def test_shards_own_contiguous_ranges_equal_to_within_one_bucket(num_shards: int) -> None:
-    starts = [first_bucket(s, num_shards) for s in range(num_shards + 1)]
-    sizes = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-    assert (starts[0], starts[-1]) == (0, NUM_BUCKETS)
-    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= NUM_BUCKETS // num_shards
+SHARDS = [*range(1, 65), 1_000, NUM_BUCKETS]
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 5, 7, 64, NUM_BUCKETS])
-@pytest.mark.parametrize("count", [0, 1, 3_000])
-def test_shard_sizes_equal_a_count_of_every_keys_owner(num_shards: int, count: int) -> None:
-    keys = random_ids(count, seed=4).sort().values
-    owner_of_bucket = [
-        s for s in range(num_shards) for _ in range(first_bucket(s, num_shards), first_bucket(s + 1, num_shards))
-    ]
-    owners = [owner_of_bucket[bucket] for bucket in bucket_of(keys).tolist()]
-    assert owners == sorted(owners)  # sorted keys are grouped by shard already
-    assert shard_sizes(keys, num_shards).tolist() == [owners.count(s) for s in range(num_shards)]
+def test_shards_own_contiguous_ranges_equal_to_within_one_bucket() -> None:
+    for num_shards in SHARDS:
+        ranges = [buckets_of(shard, num_shards) for shard in range(num_shards)]
+        assert [bucket for buckets in ranges for bucket in buckets] == list(range(NUM_BUCKETS))  # each once, rising
+        sizes = {len(buckets) for buckets in ranges}
+        assert max(sizes) - min(sizes) <= 1
 
 
-def test_keys_on_a_boundary_belong_to_the_shard_that_begins_there() -> None:
-    for num_shards in (2, 3, 7):
-        for shard in range(1, num_shards):
-            edge = first_bucket(shard, num_shards) * (2**64 // NUM_BUCKETS) - 2**63
-            sizes = shard_sizes(torch.tensor([edge - 1, edge]), num_shards).tolist()
-            assert (sizes[shard - 1], sizes[shard], sum(sizes)) == (1, 1, 2)
+def test_a_keys_owner_is_the_shard_whose_buckets_it_is_in_up_to_the_edges() -> None:
+    firsts = np.arange(-NUM_BUCKETS // 2, NUM_BUCKETS // 2) * (2**64 // NUM_BUCKETS)  # each bucket's lowest key
+    lasts = firsts + (2**64 // NUM_BUCKETS - 1)
+    assert (firsts[0], lasts[-1]) == (-(2**63), 2**63 - 1)
+    for num_shards in SHARDS:
+        expected = [shard for shard in range(num_shards) for _ in buckets_of(shard, num_shards)]  # plain: by bucket
+        assert owner_of(firsts, num_shards).tolist() == expected
+        assert owner_of(lasts, num_shards).tolist() == expected
+        assert [owner_of(key, num_shards) for key in firsts[::997].tolist()] == expected[::997]

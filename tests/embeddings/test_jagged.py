@@ -64,3 +64,21 @@ def test_splitting_a_batch_by_rows_and_joining_it_gives_the_batch_back() -> None
     whole, rows = jagged_of(lists), torch.arange(30)
     parts = [whole.select(rows[start:end]) for start, end in ((0, 0), (0, 11), (11, 12), (12, 30))]
     assert lists_of(Jagged.cat(parts)) == lists
+
+
+@pytest.mark.parametrize("num_lists", [0, 1, 40])
+def test_sums_equal_a_loop_that_adds_the_rows_each_list_names(num_lists: int) -> None:
+    draw = random.Random(num_lists)
+    lists = [[draw.randrange(7) for _ in range(draw.choice([0, 0, 1, 2, 30]))] for _ in range(num_lists)]
+    rows = torch.randint(-8, 9, (7, 3), generator=torch.Generator().manual_seed(0)).float()  # sums are exact
+    expected = torch.zeros(num_lists, 3)
+    for b, of_list in enumerate(lists):
+        for row in of_list:
+            expected[b] += rows[row]
+    assert torch.equal(jagged_of(lists).sums(rows), expected)
+
+
+def test_sums_of_no_rows_or_of_rows_of_no_width_are_zeros_of_the_right_shape() -> None:
+    assert torch.equal(jagged_of([[], []]).sums(torch.zeros(0, 3)), torch.zeros(2, 3))
+    assert torch.equal(jagged_of([[], []]).sums(torch.ones(4, 3)), torch.zeros(2, 3))
+    assert jagged_of([[0, 1], []]).sums(torch.zeros(2, 0)).shape == (2, 0)

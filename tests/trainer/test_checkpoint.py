@@ -17,35 +17,38 @@ from pathlib import Path
 from typing import Any
 
 import many
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed
+from conftest import Columns, known, known_to_all
 from small_disk import fill, small_disk
 from torch import Tensor
 
 import trainer.checkpoint
-from embeddings.buckets import shard_sizes, unhash64
 from embeddings.exchange import CollectiveExchange, Exchange, LocalExchange
-from trainer.agree import gather_json
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.learner import Learner, build, open_logs
 from trainer.step import train_step
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # no arithmetic goes wrong on the way
 DAY = datetime.date(2026, 11, 1)
 NEXT = DAY + datetime.timedelta(days=1)
 TABLES = ("user", "item", "position")
 REPORT = {"day": str(DAY), "metrics": {"click@all": {"auc": 0.75}}}
 
 
-def train(learner: Learner, config: Config, first: int, steps: int) -> None:
-    """Some steps of the first day, on this worker's share of them."""
+def train(learner: Learner, config: Config, first: int, steps: int, day: datetime.date = DAY) -> None:
+    """Some steps of a day, on this worker's share of them."""
     logs, exchange = open_logs(config), learner.exchange
+    learner.embeddings.shard.begin_day(day.toordinal())
     share = {"rank": exchange.rank, "num_workers": exchange.num_workers, "lanes": config.data.lanes}
-    batches = logs.read(logs.plan(DAY), batch_size=config.train.batch_size, **share, seed=1, start_step=first)
+    batches = logs.read(logs.plan(day), batch_size=config.train.batch_size, **share, seed=1, start_step=first)
     for batch in islice(batches, steps):
-        train_step(learner, batch, DAY.toordinal())
+        train_step(learner, batch, day.toordinal())
 
 
 def dense(learner: Learner) -> dict[str, Tensor]:
@@ -59,20 +62,20 @@ def dense(learner: Learner) -> dict[str, Tensor]:
     }
 
 
-def rows(learner: Learner) -> dict[str, Tensor]:
-    """Each table's ids, weights and row state, in the order of their keys."""
-    tables = {name: learner.embeddings.shard.export(name) for name in learner.embeddings.shard.tables}
-    return {
-        f"{table} {what}": value.clone()
-        for table, parts in tables.items()
-        for what, value in zip(("keys", "weights", "state"), parts, strict=True)
-    }
+def rows(learner: Learner) -> dict[str, np.ndarray]:
+    """All that is known of each table's ids, by table and column, in the order of their keys."""
+    return by_column(known(learner))
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def by_column(tables: dict[str, Columns]) -> dict[str, np.ndarray]:
+    return {f"{of} {what}": column for of, columns in tables.items() for what, column in columns.items()}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name  # the same bits
+        mine, theirs = np.asarray(found[name]), np.asarray(value)
+        assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs), name
 
 
 def flip(path: Path, place: int) -> None:
@@ -126,11 +129,41 @@ def test_everything_that_learns_comes_back_bit_by_bit_and_learns_on_alike(
     found = loaded(store, config)
     assert_same(dense(found), dense(learner))
     assert_same(rows(found), rows(learner))
-    assert learner.optimizer.state_dict()["state"][0]["step"] == 3 and rows(learner)["user state"].max() > 0
+    assert learner.optimizer.state_dict()["state"][0]["step"] == 3 and rows(learner)["user rows adagrad_sum"].max() > 0
     for one in (learner, found):
         train(one, config, 3, 2)
     assert_same(dense(found), dense(learner))  # Adam's moments and steps are in use, not only stored
     assert_same(rows(found), rows(learner))
+
+
+OPTIONS = (
+    "tables.item={dim: 8, min_count: 9, default_row: trained, value: {click: 1, cart: 5}, dtype: float16}",
+    "tables.user={dim: 8, min_count: 4, admission: {kind: sketch, cells: 65536}, default_row: trained}",
+    "tables.user.budget_rows=60",
+    "features.then={kind: id_stats, table: item, of: [impressions, click]}",
+    "train.rows.optimizer=adam",
+)
+
+
+def test_who_waits_sketches_default_rows_values_and_statistics_come_back_and_count_on_alike(
+    store: Checkpoints, small_config: Callable[..., Config]
+) -> None:
+    config = small_config(*OPTIONS)
+    learner = build(config, LocalExchange())
+    train(learner, config, 0, 2)
+    learner.embeddings.shard.end_day()
+    store.save(learner, DAY, REPORT)
+    expected, found = rows(learner), loaded(store, config)
+    assert_same(rows(found), expected)
+    assert min(expected[name].size for name in ("item waiting key", "item rows key", "user rows key")) > 8
+    assert expected["user sketch cells"].max() > 3 and expected["item rows tally"].shape[1] == 5  # two of them by day
+    assert all(expected[f"{table} default weight"].any() for table in ("user", "item"))
+    for one in (learner, found):
+        train(one, config, 2, 2, NEXT)
+        one.embeddings.shard.end_day()
+    assert_same(dense(found), dense(learner))
+    assert_same(rows(found), rows(learner))
+    assert not np.array_equal(rows(found)["item waiting key"], expected["item waiting key"])
 
 
 def test_a_day_is_its_report_its_decision_and_an_identity_of_its_content(
@@ -156,6 +189,24 @@ def test_the_manifest_holds_the_size_and_hash_of_every_file(store: Checkpoints, 
     for name, content in files.items():
         entry = manifest["files"][name]
         assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_the_manifest_says_of_which_table_buckets_and_how_many_rows_a_file_is(
+    store: Checkpoints, small_config: Callable[..., Config]
+) -> None:
+    config = small_config(*OPTIONS)
+    learner = build(config, LocalExchange())
+    train(learner, config, 0, 2)
+    store.save(learner, DAY, REPORT)
+    manifest = store.open(DAY).manifest
+    attempt = Path(store.path, f"day={DAY}", manifest["attempt"])
+    files = {file: entry for file, entry in manifest["files"].items() if file != "dense.safetensors"}
+    for file, entry in files.items():
+        assert file == f"rows/{entry['path']}" == f"rows/{entry['table']}/{entry['kind']}-0000-4095.parquet"
+        assert entry["buckets"] == [0, 4096] and entry["rows"] == pq.read_metadata(attempt / file).num_rows
+    kinds = {(entry["table"], entry["kind"]) for entry in files.values()}
+    of_each = {(table, "rows") for table in TABLES} | {("item", "waiting"), ("user", "sketch")}
+    assert kinds == of_each | {("item", "default"), ("user", "default")}
 
 
 def test_a_filesystem_uri_is_a_place_for_checkpoints(store: Checkpoints, config: Config, folder: Path) -> None:
@@ -221,7 +272,7 @@ def test_a_day_saved_again_is_the_later_one(store: Checkpoints, config: Config, 
 
 
 @pytest.mark.parametrize("place", [0, 1 / 3, 0.999])
-@pytest.mark.parametrize("file", [*(f"rows/{t}/00000-of-00001.parquet" for t in TABLES), "dense.safetensors"])
+@pytest.mark.parametrize("file", [*(f"rows/{t}/rows-0000-4095.parquet" for t in TABLES), "dense.safetensors"])
 def test_a_flipped_bit_is_told_with_the_file(
     store: Checkpoints, config: Config, folder: Path, file: str, place: float
 ) -> None:
@@ -243,7 +294,7 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_told_with_the_file(store: Che
     assert store.open(DAY).report == REPORT
 
 
-@pytest.mark.parametrize("file", ["rows/item/00000-of-00001.parquet", "dense.safetensors"])
+@pytest.mark.parametrize("file", ["rows/item/rows-0000-4095.parquet", "dense.safetensors"])
 def test_a_file_cut_short_or_gone_is_told_with_the_file(
     store: Checkpoints, config: Config, folder: Path, file: str
 ) -> None:
@@ -304,25 +355,130 @@ def test_a_table_that_is_new_in_the_configuration_starts_empty(
     store: Checkpoints, small_config: Callable[..., Config], learner: Learner, folder: Path
 ) -> None:
     found = rows(loaded(store, small_config("tables.brand={dim: 4}")))
-    assert [found.pop(f"brand {what}").numel() for what in ("keys", "weights", "state")] == [0, 0, 0]
+    new = {name: found.pop(name) for name in list(found) if name.startswith("brand")}
+    assert {"brand rows key", "brand rows weight"} <= new.keys() and not any(column.size for column in new.values())
     assert_same(found, rows(learner))
+
+
+# Another optimizer, another size: what a configuration may change from one day to the next.
+
+
+def trained(config: Config, store: Checkpoints) -> dict[str, np.ndarray]:
+    """Some steps of two days, saved; what is known of the rows then."""
+    learner = build(config, LocalExchange())
+    train(learner, config, 0, 2)
+    train(learner, config, 0, 1, NEXT)
+    store.save(learner, NEXT, REPORT)
+    return rows(learner)
+
+
+def of_item(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix("item rows "): c for name, c in found.items() if name.startswith("item rows ")}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept", "anew"),
+    [
+        ("rowwise_adagrad", "adam", (), ("adam_m", "adam_v", "adam_steps")),
+        ("rowwise_adagrad", "adagrad", (), ("adagrad_sums",)),
+        ("rowwise_adagrad", "sgd", (), ()),
+        ("adam", "rowwise_adam", ("adam_m", "adam_steps"), ("adam_row_v",)),
+        ("adam", "ftrl", (), ("ftrl_z", "ftrl_n")),
+    ],
+)
+def test_under_another_row_optimizer_states_of_the_same_name_are_kept_and_the_others_start_anew(
+    store: Checkpoints,
+    small_config: Callable[..., Config],
+    before: str,
+    after: str,
+    kept: tuple[str, ...],
+    anew: tuple[str, ...],
+) -> None:
+    old = of_item(trained(small_config(f"train.rows.optimizer={before}"), store))
+    config = small_config(f"train.rows.optimizer={after}")
+    learner = loaded(store, config, NEXT)
+    new = of_item(rows(learner))
+    known_of_rows = ("key", "count", "tally", "weight", "last_seen_day")
+    assert new.keys() == {*known_of_rows, *kept, *anew}
+    assert_same({name: new[name] for name in (*known_of_rows, *kept)}, {n: old[n] for n in (*known_of_rows, *kept)})
+    assert not any(new[name].any() for name in anew)
+    train(learner, config, 1, 2, NEXT)
+    assert not np.array_equal(of_item(rows(learner))["weight"][: new["key"].size], new["weight"])  # and goes on
+
+
+def test_rows_that_are_kept_in_float16_from_now_on_are_the_nearest_float16(
+    store: Checkpoints, small_config: Callable[..., Config]
+) -> None:
+    old = trained(small_config(), store)
+    new = rows(loaded(store, small_config("tables.item.dtype=float16"), NEXT))
+    old["item rows weight"] = old["item rows weight"].astype(np.float16).astype(np.float32)  # numpy's, to nearest
+    assert_same(new, old)
+
+
+FIXED = "{dim: 8, capacity_rows: %d, grow: false, when_full: %s, value: {click: 1, cart: 3}, value_half_life_days: 1}"
+
+
+def test_a_table_that_may_not_grow_and_holds_more_than_it_may_from_now_on_is_told(
+    store: Checkpoints, small_config: Callable[..., Config]
+) -> None:
+    num_rows = of_item(trained(small_config("tables.item=" + FIXED % (400, "reject")), store))["key"].size
+    with pytest.raises(UserError) as raised:
+        loaded(store, small_config("tables.item=" + FIXED % (num_rows - 1, "reject")), NEXT)
+    assert str(raised.value) == (
+        f"tables.item: a table holds more rows than it may\n  got {num_rows} rows\n"
+        f"  expected at most {num_rows - 1}, its capacity_rows\n"
+        "  -> raise capacity_rows, let it grow (grow: true), or evict (when_full: evict)"
+    )
+    loaded(store, small_config("tables.item=" + FIXED % (num_rows, "reject")), NEXT)
+
+
+def test_a_table_that_evicts_loses_its_least_valuable_rows_when_it_is_made_smaller(
+    store: Checkpoints, small_config: Callable[..., Config]
+) -> None:
+    """Oracle: values by a sort; those of ids that were last seen a day ago, of which there are some, halve."""
+    old = trained(small_config("tables.item=" + FIXED % (400, "evict")), store)
+    new = rows(loaded(store, small_config("tables.item=" + FIXED % (50, "evict")), NEXT))
+    before, after = of_item(old), of_item(new)
+    value = before["tally"][:, 0] * 0.5 ** (NEXT.toordinal() - before["last_seen_day"])
+    stayed = np.isin(before["key"], after["key"])
+    assert stayed.sum() == after["key"].size == 50 and len(np.unique(before["last_seen_day"])) == 2
+    assert value[stayed].min() >= value[~stayed].max() and value[stayed].min() > 0
+    assert_same(after, {name: column[stayed] for name, column in before.items()})
+    others = [{name: c for name, c in of.items() if not name.startswith("item rows")} for of in (new, old)]
+    assert_same(*others)
+
+
+@pytest.mark.parametrize(
+    "table", [FIXED % (500, "reject"), FIXED % (500, "evict"), "{dim: 8, value: {click: 1, cart: 3}}"]
+)
+def test_a_table_that_is_made_larger_or_may_grow_keeps_every_row(
+    store: Checkpoints, small_config: Callable[..., Config], table: str
+) -> None:
+    config = small_config("tables.item=" + FIXED % (120, "evict"))
+    old = trained(config, store)
+    assert of_item(old)["key"].size == 120  # it was full
+    learner = loaded(store, small_config("tables.item=" + table), NEXT)
+    assert_same(rows(learner), old)
+    train(learner, config, 1, 2, NEXT)
+    assert of_item(rows(learner))["key"].size > 120
 
 
 # A full disk.
 
 
+@pytest.mark.parametrize("leave_kib", [8, 40])  # rows take 24, the dense net 44: either does not find room
 def test_a_full_disk_commits_nothing_and_leaves_the_day_before_and_the_space_as_they_were(
-    config: Config, learner: Learner, tmp_path: Path
+    config: Config, learner: Learner, tmp_path: Path, leave_kib: int
 ) -> None:
     with small_disk(tmp_path / "disk", size_kib=1024) as disk:
         store = Checkpoints(str(disk), config.name)
         store.save(learner, DAY, REPORT)
         expected = dense(learner) | rows(learner)
         train(learner, config, 3, 1)
-        filler = fill(disk, leave_kib=40)  # a checkpoint takes 100: some of its files are written
+        filler = fill(disk, leave_kib)
         with pytest.raises(UserError, match=f"(?s)^{disk}.*No space left on device.*-> free space.*is untouched"):
             store.save(learner, NEXT, REPORT)
-        assert store.days() == [DAY] and shutil.disk_usage(disk).free == 40 * 1024
+        assert store.days() == [DAY] and shutil.disk_usage(disk).free == leave_kib * 1024
         found = loaded(store, config)
         assert_same(dense(found) | rows(found), expected)
         fill(disk, leave_kib=0)
@@ -337,19 +493,9 @@ def test_a_full_disk_commits_nothing_and_leaves_the_day_before_and_the_space_as_
 # Any number of workers.
 
 
-def all_rows(learner: Learner) -> dict[str, dict[int, list[float]]]:
-    """On worker 0, by table and id: the row's weights and state. An id on two workers fails."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for table in learner.embeddings.shard.tables:
-        keys, weights, state = learner.embeddings.shard.export(table)
-        sizes = shard_sizes(keys, learner.exchange.num_workers)
-        assert sizes[learner.exchange.rank] == keys.numel(), "rows lie with the owner of their bucket"
-        mine = [unhash64(keys).tolist(), torch.cat([weights, state.unsqueeze(1)], dim=1).tolist()]
-        parts = gather_json(learner.exchange, mine)
-        ids = [id_ for part in parts for id_ in part[0]]
-        assert len(ids) == len(set(ids))
-        found[table] = dict(zip(ids, [row for part in parts for row in part[1]], strict=True))
-    return found
+def all_rows(learner: Learner) -> dict[str, np.ndarray]:
+    """On worker 0 what all of them know. What lies with another worker than its owner fails."""
+    return by_column(known_to_all(learner))
 
 
 def as_lists(values: dict[str, Tensor]) -> dict[str, Any]:
@@ -364,14 +510,15 @@ def refused(work: Callable[[], None]) -> str:
     return ""
 
 
-def two_then_three(exchange: Exchange, config: Config, folder: str) -> dict[str, Any]:
+def two_then_three(exchange: Exchange, config: Config, smaller: list[Config], folder: str) -> dict[str, Any]:
     """Two of the three workers train and save, then all three load: one start of processes for both."""
     torch.distributed.destroy_process_group()
     saved = None
     if exchange.rank < 2:
         saved = save_by_two(_group(f"{folder}/two", exchange.rank, 2), config)
         torch.distributed.destroy_process_group()
-    return {"saved": saved, "loaded": load_and_save_by_three(_group(f"{folder}/three", exchange.rank, 3), config)}
+    three = _group(f"{folder}/three", exchange.rank, 3)
+    return {"saved": saved, "loaded": load_and_save_by_three(three, config, smaller)}
 
 
 def _group(file: str, rank: int, num_workers: int) -> Exchange:
@@ -401,33 +548,45 @@ class _Broken(Checkpoints):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def load_and_save_by_three(exchange: Exchange, config: Config) -> dict[str, Any]:
+def load_and_save_by_three(exchange: Exchange, config: Config, smaller: list[Config]) -> dict[str, Any]:
+    """Load and save; then load into tables that are too small, of which one evicts and one refuses."""
     store, learner = Checkpoints(config.checkpoints.path, config.name), build(config, exchange)
     store.load(learner, store.open(DAY))
     store.save(learner, NEXT, REPORT)
-    return {"dense": as_lists(dense(learner)), "rows": all_rows(learner)}
+    evicting, refusing = (build(each, exchange) for each in smaller)
+    store.load(evicting, store.open(DAY))
+    text = refused(lambda: store.load(refusing, store.open(DAY)))
+    found = {"dense": as_lists(dense(learner)), "rows": all_rows(learner)}
+    return found | {"smaller": all_rows(evicting), "not loaded": text}
 
 
 def files_of(checkpoint: Checkpoint, table: str) -> list[str]:
-    return sorted(name for name in checkpoint.manifest["files"] if name.startswith(f"rows/{table}/"))
+    return sorted(name for name in checkpoint.manifest["files"] if name.startswith(f"rows/{table}/rows-"))
 
 
 def test_files_of_two_workers_load_into_one_and_three_and_of_three_into_one(
-    config: Config, store: Checkpoints, tmp_path: Path
+    small_config: Callable[..., Config], store: Checkpoints, tmp_path: Path
 ) -> None:
-    workers = many.run(3, two_then_three, config, str(tmp_path))
+    config, few = small_config(*OPTIONS), ("tables.item.grow=false", "tables.item.capacity_rows=20")
+    smaller = [small_config(*OPTIONS, *few, f"tables.item.when_full={how}") for how in ("evict", "reject")]
+    workers = many.run(3, two_then_three, config, smaller, str(tmp_path))
     saved, other, _ = [worker["saved"] for worker in workers]
     by_three = [worker["loaded"] for worker in workers]
     by_one = [loaded(store, config, day) for day in (DAY, NEXT)]
-    assert all(len(table) > 16 for table in saved["rows"].values() if table is not saved["rows"]["position"])
-    assert by_three[0]["rows"] == saved["rows"] and [all_rows(one) for one in by_one] == [saved["rows"]] * 2
+    assert all(saved["rows"][f"{what} key"].size > 16 for what in ("user rows", "item rows", "item waiting"))
+    for found in (by_three[0]["rows"], *map(all_rows, by_one)):
+        assert_same(found, saved["rows"])
     everywhere = [found["dense"] for found in (other, *by_three)] + [as_lists(dense(one)) for one in by_one]
     assert all(found == saved["dense"] for found in everywhere)
-    assert files_of(store.open(DAY), "user") == [f"rows/user/0000{n}-of-00002.parquet" for n in range(2)]
-    assert files_of(store.open(NEXT), "user") == [f"rows/user/0000{n}-of-00003.parquet" for n in range(3)]
+    assert files_of(store.open(DAY), "user") == [f"rows/user/rows-{of}.parquet" for of in ("0000-2047", "2048-4095")]
+    thirds = ("0000-1365", "1366-2730", "2731-4095")
+    assert files_of(store.open(NEXT), "user") == [f"rows/user/rows-{of}.parquet" for of in thirds]
     for found in (saved, other):  # one worker's trouble stops both, and nothing is committed
         assert "No space left on device" in found["not saved"] and "Input/output error" in found["not loaded"]
         assert found["days"] == [str(DAY)]
+    assert_same(by_three[0]["smaller"], all_rows(loaded(store, smaller[0])))  # three evict whom one evicts
+    assert by_three[0]["smaller"]["item rows key"].size == 20
+    assert all("tables.item: a table holds more rows than it may" in found["not loaded"] for found in by_three)
 
 
 def test_the_manifest_is_plain_json_that_any_program_reads(folder: Path) -> None:

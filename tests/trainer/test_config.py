@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from embeddings.optim import OPTIMIZERS
+from embeddings.table import Admission
 from trainer.config import Config, as_dict, flatten, load, nearest
 from trainer.errors import UserError
+from trainer.learner import check, row_optimizer
 from trainer.model import make_body
 
 GOOD = """
@@ -69,6 +72,27 @@ def test_what_is_not_written_has_its_default(path: Path) -> None:
     assert config.model.position is not None and config.model.position.layers == (16,)
     assert (config.nightly.missing_days, config.nightly.gate.tolerance) == ("stop", 0.03)
     assert config.tracking.mlflow == "sqlite:///mlflow.db" and config.fusion.powers == {}
+
+
+def test_a_table_of_which_nothing_is_said_grows_admits_everyone_and_evicts_nobody(path: Path) -> None:
+    table, train = load(str(path)).tables["item"], load(str(path)).train
+    assert (table.grow, table.when_full, table.dtype, table.default_row) == (True, "evict", "float32", "zero")
+    assert (table.min_count, table.admission) == (1, Admission("exact", 1 << 22, 30))
+    assert (table.ttl_days, table.budget_rows, table.value, table.value_half_life_days) == (None, None, {}, 30.0)
+    assert train.payload == "fp32" and {getattr(train.rows, name) for name in ("lr", "eps", "beta1", "l1")} == {None}
+
+
+def test_everything_that_a_table_may_be_told_is_read(path: Path) -> None:
+    settings = (
+        "{dim: 8, dtype: float16, grow: false, when_full: reject, min_count: 3, default_row: trained, ttl_days: 30,"
+        " budget_rows: 1000, value: {sightings: 0.1, impressions: 1, buy: 20}, value_half_life_days: 7,"
+        " admission: {kind: sketch, cells: 65536, forget_days: 9}}"
+    )
+    table = load(str(path), [f"tables.user={settings}"]).tables["user"]
+    assert (table.dtype, table.grow, table.when_full, table.default_row) == ("float16", False, "reject", "trained")
+    assert (table.min_count, table.admission) == (3, Admission("sketch", 65536, 9))
+    assert (table.ttl_days, table.budget_rows, table.value_half_life_days) == (30, 1000, 7.0)
+    assert table.value == {"sightings": 0.1, "impressions": 1.0, "buy": 20.0}
 
 
 def test_what_is_written_is_read_with_its_names_and_in_its_order(path: Path) -> None:
@@ -190,6 +214,13 @@ def test_a_file_that_is_not_there_is_told_by_its_path(tmp_path: Path) -> None:
         ("model.position.feature=[position]", "features"),
         ("model.balance.weight={}", "weights"),
         ("train.rows.learn=0.1", "lr"),
+        ("train.rows.bets1=0.9", "beta1"),
+        ("train.payloads=bf16", "payload"),
+        ("tables.user.min_counts=2", "min_count"),
+        ("tables.user.when_fuil=evict", "when_full"),
+        ("tables.user.admission.kinds=sketch", "kind"),
+        ("tables.user.admission.forget=3", "forget_days"),
+        ("features.user_id.off=[click]", "of"),
         ("nightly.gate.tolerence=0.1", "tolerance"),
         ("fusion.power={}", "powers"),
         ("tracking.mlfow=x", "mlflow"),
@@ -241,8 +272,26 @@ def test_a_key_that_yaml_does_not_read_as_text_is_to_be_put_in_quotes(path: Path
         ("train.workers=1.5", "1.5", "a whole number"),
         ("train.batch_size=null", "None", "a whole number"),
         ("train.dense.lr=fast", "'fast'", "a number"),
-        ("features.user_id.kind=idx", "'idx'", "'id', 'ids' or 'number'"),
+        ("features.user_id.kind=idx", "'idx'", "'id', 'ids', 'number' or 'id_stats'"),
         ("train.precision=fp16", "'fp16'", "'fp32' or 'bf16'"),
+        ("train.payload=int8", "'int8'", "'fp32', 'bf16' or 'fp16'"),
+        (
+            "train.rows.optimizer=adamw",
+            "'adamw'",
+            "'sgd', 'adagrad', 'rowwise_adagrad', 'adam', 'rowwise_adam' or 'ftrl'",
+        ),
+        ("train.rows.beta1=high", "'high'", "a number"),
+        ("tables.user.dtype=bfloat16", "'bfloat16'", "'float32' or 'float16'"),
+        ("tables.user.when_full=drop", "'drop'", "'evict' or 'reject'"),
+        ("tables.user.default_row=mean", "'mean'", "'zero' or 'trained'"),
+        ("tables.user.admission.kind=bloom", "'bloom'", "'exact' or 'sketch'"),
+        ("tables.user.admission=sketch", "'sketch'", "keys with values"),
+        ("tables.user.admission.cells=1.5", "1.5", "a whole number"),
+        ("tables.user.min_count=often", "'often'", "a whole number"),
+        ("tables.user.ttl_days=1.5", "1.5", "a whole number"),
+        ("tables.user.budget_rows=lots", "'lots'", "a whole number"),
+        ("tables.user.value=click", "'click'", "keys with values"),
+        ("tables.user.value.click=much", "'much'", "a number"),
         ("data.gauc=clicks", "'clicks'", "'impressions', 'positives' or 'equal'"),
         ("name=5", "5", "text"),
         ("data.keys=request_id", "'request_id'", "a list, such as [a, b]"),
@@ -271,6 +320,19 @@ def test_a_value_of_a_wrong_type_is_told_in_the_words_of_yaml(
         ("train.dense.lr=-0.1", "0 .. 1000000"),
         ("train.dense.lr=.nan", "0 .. 1000000"),
         ("train.rows.lr=.inf", "0 .. 1000000"),
+        ("train.rows.l1=-1", "0 .. 1000000"),
+        ("train.rows.beta1=1", "0 .. 0.999999"),
+        ("train.rows.beta2=1.0", "0 .. 0.999999"),
+        ("tables.user.min_count=0", "1 .. 2147483648"),
+        ("tables.user={dim: 8, min_count: 256, admission: {kind: sketch}}", "1 .. 255"),  # where its counters end
+        ("tables.user.admission.cells=0", "1 .. 1099511627776"),
+        ("tables.user.admission.forget_days=0", "1 .. 1000000"),
+        ("tables.user.ttl_days=0", "1 .. 1000000"),
+        ("tables.user.budget_rows=0", "1 .. 1099511627776"),
+        ("tables.user.value.click=-1", "0 .. 1000000000"),
+        ("tables.user.value.click=.nan", "0 .. 1000000000"),
+        ("tables.user.value_half_life_days=0", "1e-06 .. 1000000000.0"),
+        ("tables.user.init_scale=-0.1", "0 .. 1000000"),
         ("data.lanes=0", "1 .. 65536"),
         ("tasks.watch.scale=0", "1e-12 .. 1000000000000.0"),
         ("tables.user.dim=0", "1 .. 4096"),
@@ -331,6 +393,13 @@ def test_an_empty_section_is_refused(path: Path, section: str) -> None:
         ),
         ("tasks.watch.given=click", "tasks.watch", "given goes with loss: bce and without where\n  got loss: mse"),
         ("model.position.features=[price]", "model.position.features", "no id feature is called 'price'"),
+        ("tables.user.value.clik=1", "tables.user.value", "no event is called 'clik'\n  -> did you mean 'click'?"),
+        (
+            "tables.user.value.impression=1",
+            "tables.user.value",
+            "no event is called 'impression'\n  -> did you mean 'im",
+        ),
+        ("tables.user.value.watch=1", "tables.user.value", "no event is called 'watch'\n  -> "),  # seconds are no event
         (
             "model.position.tasks=[clicks]",
             "model.position.tasks",
@@ -373,6 +442,67 @@ def test_an_unknown_name_is_found_wherever_it_stands_in_a_chain(path: Path) -> N
 def test_names_that_become_folders_or_addresses_hold_nothing_that_cuts_them(path: Path, override: str) -> None:
     text = refusal(path, override)
     assert "not a name" in text and "expected letters, digits, _, - and points" in text
+
+
+# A row optimizer's settings are its own: they are checked where it is made.
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_row_optimizer_takes_its_own_settings_and_refuses_those_of_others(path: Path, kind: str) -> None:
+    config, own = load(str(path)), {field.name for field in dataclasses.fields(OPTIMIZERS[kind])}
+    for field in dataclasses.fields(config.train.rows):
+        if field.name == "optimizer":
+            continue
+        config = load(str(path), [f"train.rows={{optimizer: {kind}, {field.name}: 0.25}}"])
+        if field.name in own:
+            check(config)
+            assert row_optimizer(config) == OPTIMIZERS[kind](**{field.name: 0.25})
+            continue
+        with pytest.raises(UserError) as raised:
+            check(config)
+        text = f"train.rows.{field.name}: not a setting of {kind}\n  got 0.25\n  -> drop it; {kind} knows lr"
+        assert str(raised.value).startswith(text)
+
+
+def test_a_row_optimizer_of_which_nothing_is_said_has_its_own_defaults(path: Path) -> None:
+    for kind, optimizer in OPTIMIZERS.items():
+        assert row_optimizer(load(str(path), [f"train.rows.optimizer={kind}"])) == optimizer()
+
+
+# A feature's settings go with its kind.
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "features.price.table=user",
+            "features.price.table: not a setting of kind: number\n  -> drop it; number knows",
+        ),
+        ("features.price.max_len=3", "features.price.max_len: not a setting of kind: number"),
+        ("features.user_id.transform=log1p", "features.user_id.transform: not a setting of kind: id\n"),
+        ("features.user_id.pool=sum", "features.user_id.pool: not a setting of kind: id\n"),
+        ("features.history.of=[click]", "features.history.of: not a setting of kind: ids\n"),
+        ("features.then.column=user", "features.then.column: not a setting of kind: id_stats\n  -> drop it; id_stats"),
+        ("features.then.table=users", "features.then.table: no table is called 'users'\n  -> did you mean 'user'?"),
+        ("features.then.of=[]", "features.then.of: nothing to count\n  -> add of: [impressions, click, ...]"),
+        ("features.then.of=[clik]", "features.then.of: no event is called 'clik'\n  -> did you mean 'click'?"),
+        ("features.then.of=[cart/clik]", "features.then.of: no event is called 'clik'"),
+        ("features.then.of=[watch]", "features.then.of: no event is called 'watch'"),
+        ("features.then.id=history", "features.then.id: no feature of kind id that reads table 'user' is called 'his"),
+        (
+            "features.other={kind: id, table: user}",
+            "features.then: whose id the statistics are of is not clear\n  got 2",
+        ),
+        ("features.then.until=week", "features.then.until: wrong value\n  got 'week'\n  expected 'day' or 'batch'"),
+        ("features.then.half_life_days=0", "features.then.half_life_days: out of bounds"),
+        ("features.then.smoothing=-1", "features.then.smoothing: out of bounds"),
+    ],
+)
+def test_a_feature_with_settings_that_do_not_fit_its_kind_is_refused(path: Path, override: str, text: str) -> None:
+    statistics = "features.then={kind: id_stats, table: user, of: [impressions, click, cart/click]}"
+    assert load(str(path), [statistics]).features["then"].of == ("impressions", "click", "cart/click")
+    assert f"{path}: {text}" in refusal(path, statistics, override)
 
 
 # The body's settings are the body's own: they are checked where it is made.

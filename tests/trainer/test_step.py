@@ -91,14 +91,22 @@ def parameters(learner: Learner) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
 
 
-def exported(learner: Learner) -> dict[str, tuple[Tensor, ...]]:
-    return {table: learner.embeddings.shard.export(table) for table in TABLES}
+def exported(learner: Learner) -> dict[str, dict[str, np.ndarray]]:
+    """By table all that is known of its rows, sorted by key; not where they lie."""
+    tables = {table: learner.embeddings.shard.export(table) for table in TABLES}
+    return {table: {name: c for name, c in of.items() if name != "row"} for table, of in tables.items()}
+
+
+def unknown(learner: Learner) -> int:
+    """How many ids without a row were scored."""
+    return int(learner.embeddings.shard.counts["unknown"].sum())
 
 
 def traces(learner: Learner) -> list[Any]:
     """Everything that a day leaves behind."""
     modules = (learner.model, learner.averaged, learner.optimizer)
-    return [*(module.state_dict() for module in modules), learner.stats.state(), exported(learner)]
+    counts = {name: of_tables for name, of_tables in learner.embeddings.shard.counts.items() if name != "unknown"}
+    return [*(module.state_dict() for module in modules), learner.stats.state(), exported(learner), counts]
 
 
 # Any number of workers
@@ -120,7 +128,7 @@ def steps(exchange: Exchange, settings: Sequence[Config]) -> list[dict[str, Any]
             losses.append(train_step(learner, batch, DAY).tolist())
             grads.append(gradients(learner).tolist())
             scores.append(score_step(learner, batch).tolist())
-        rows = {table: [part.tolist() for part in parts] for table, parts in exported(learner).items()}
+        rows = {table: {name: c.tolist() for name, c in of.items()} for table, of in exported(learner).items()}
         numbers = torch.stack(list(learner.stats.state().values())).tolist()
         dense = parameters(learner).tolist()
         found.append(
@@ -150,11 +158,13 @@ def test_two_uneven_workers_give_the_losses_gradients_rows_and_scores_of_one() -
         assert_close(first["gradients"], want["gradients"], 1e-5)
         assert_close(first["dense"], want["dense"], 1e-5)
         assert_close(second["numbers"], want["numbers"], 1e-12)  # float64
-        for table, (keys, weights, state) in want["rows"].items():
+        for table, columns in want["rows"].items():
             one, other = (worker["rows"][table] for worker in workers)  # ranges of keys: one after the other, in order
-            assert one[0] + other[0] == keys
-            assert_close(one[1] + other[1], weights, 1e-5)
-            assert_close(one[2] + other[2], state, 1e-5)
+            for name, column in columns.items():
+                if name in ("weight", "adagrad_sum"):
+                    assert_close(one[name] + other[name], column, 1e-5)
+                else:  # keys, sightings, values, days: the same numbers
+                    assert one[name] + other[name] == column, name
         for one, other, alone in zip(first["scores"], second["scores"], want["scores"], strict=True):
             assert_close(one + other, alone, 1e-5)
 
@@ -169,10 +179,10 @@ def test_a_step_is_adam_on_the_net_and_one_adagrad_step_on_each_row_seen() -> No
     items_B, labels_B1 = torch.tensor([7, 3, 7, 9, 7]), torch.tensor([[1.0], [0.0], [0.0], [1.0], [1.0]])
     ids = {"item": Jagged(items_B, torch.arange(6))}
     learner.embeddings.pull(ids, insert=True)  # so that the rows are there to be read
-    keys_U, rows_UD, _ = learner.embeddings.shard.export("item")
-    net, twin_UD = copy.deepcopy(learner.model), rows_UD.clone().requires_grad_()
+    before = {name: torch.from_numpy(column) for name, column in learner.embeddings.shard.export("item").items()}
+    net, twin_UD = copy.deepcopy(learner.model), before["weight"].clone().requires_grad_()
     adam = torch.optim.Adam(net.parameters(), lr=0.001)
-    x_BI = twin_UD[torch.searchsorted(keys_U, hash64(items_B))]
+    x_BI = twin_UD[torch.searchsorted(before["key"], hash64(items_B))]
     loss = torch.nn.functional.binary_cross_entropy_with_logits(net(x_BI, [], None), labels_B1)
     loss.backward()
     adam.step()
@@ -180,13 +190,14 @@ def test_a_step_is_adam_on_the_net_and_one_adagrad_step_on_each_row_seen() -> No
     batch = Batch(ids, torch.empty(5, 0), labels_B1, torch.ones(5), torch.arange(5))
     assert train_step(learner, batch, DAY).item() == pytest.approx(loss.item(), rel=1e-6)  # torch's loss; float32
     torch.testing.assert_close(parameters(learner), torch.cat([p.detach().flatten() for p in net.parameters()]))
-    _, updated_UD, state_U = learner.embeddings.shard.export("item")
+    after = {name: torch.from_numpy(column) for name, column in learner.embeddings.shard.export("item").items()}
     grad_UD = twin_UD.grad
     assert grad_UD is not None
     # Gupta et al. 2014: the gradients of an id that is there three times are summed first, and the row makes one step
     expected_U = grad_UD.square().mean(1)
-    torch.testing.assert_close(state_U, expected_U)
-    torch.testing.assert_close(updated_UD, rows_UD - 0.05 * grad_UD / (expected_U.sqrt().unsqueeze(1) + 1e-8))
+    torch.testing.assert_close(after["adagrad_sum"], expected_U)
+    step_UD = 0.05 * grad_UD / (expected_U.sqrt().unsqueeze(1) + 1e-8)
+    torch.testing.assert_close(after["weight"], before["weight"] - step_UD)
 
 
 def test_a_sample_weight_of_two_is_the_row_twice_and_of_zero_is_no_row() -> None:
@@ -201,11 +212,11 @@ def test_a_sample_weight_of_two_is_the_row_twice_and_of_zero_is_no_row() -> None
     # oracle: the rows copied, with their draws; float32 sums in another order
     assert_close(losses[0], losses[1])
     assert_close(gradients(weighted), gradients(repeated))
-    for table, (keys, _, state) in exported(repeated).items():
-        mine, _, my_state = exported(weighted)[table]
-        seen = torch.isin(mine, keys)  # a row of weight zero is pulled, and then not moved
-        assert_close(my_state[seen], state)
-        assert (my_state[~seen] == 0).all()
+    for table, rows_of in exported(repeated).items():
+        mine = exported(weighted)[table]
+        seen = np.isin(mine["key"], rows_of["key"])  # a row of weight zero is pulled, and then not moved
+        assert_close(mine["adagrad_sum"][seen], rows_of["adagrad_sum"])
+        assert (mine["adagrad_sum"][~seen] == 0).all()
 
 
 def test_a_batch_in_another_order_gives_the_same_step() -> None:
@@ -246,7 +257,7 @@ def test_a_batch_without_labels_changes_no_weight(body: dict[str, Any]) -> None:
     before = parameters(learner)
     assert train_step(learner, batch, DAY).tolist() == [0.0] * 4  # nothing to learn from, and no NaN
     assert torch.equal(parameters(learner), before)
-    assert all((state_U == 0).all() for _, _, state_U in exported(learner).values())
+    assert all((of_table["adagrad_sum"] == 0).all() for of_table in exported(learner).values())
 
 
 def test_loss_weights_scale_each_tasks_gradient() -> None:
@@ -286,25 +297,24 @@ def test_what_scores_is_the_moving_average_of_the_weights(average: float) -> Non
         expected = keep * expected + (1 - keep) * parameters(learner)
     averaged = torch.cat([p.flatten() for p in learner.averaged.module.parameters()])
     torch.testing.assert_close(averaged, expected)  # plain loop; float32
-    pulled = learner.embeddings.pull(rows.ids, insert=False)
-    x_BI, selection = (
-        learner.features.main(rows, pulled, learner.stats, None),
-        learner.features.selection(rows, pulled, None),
-    )
+    features, blocks = learner.features, learner.embeddings.pull(rows.ids, insert=False)
+    vectors = features.vectors(blocks, rows, None)
+    x_BI = features.main(vectors, learner.stats.standardise(features.numbers(rows, blocks, {})))
+    selection = features.selection(vectors, rows, None)
     assert torch.equal(score_step(learner, rows), learner.averaged.module(x_BI, selection, None))
 
 
 def test_scoring_leaves_no_trace() -> None:
     learner = local(config(MMOE))
     train_step(learner, logged(), DAY)
-    before = copy.deepcopy(traces(learner))
+    before, known = copy.deepcopy(traces(learner)), unknown(learner)
     fresh = logged(seed=9)
     fresh.ids["user"] = Jagged(fresh.ids["user"].values_N + 1_000, fresh.ids["user"].offsets)  # ids never seen
     first, second = score_step(learner, fresh), score_step(learner, fresh)
     after = traces(learner)
     torch.testing.assert_close(after, before, rtol=0, atol=0)  # the same bits
     assert torch.equal(first, second) and not first.requires_grad
-    assert learner.embeddings.shard.counts["user"].unknown > 0
+    assert unknown(learner) > known
 
 
 def test_an_unknown_id_scores_as_no_id() -> None:
@@ -335,7 +345,46 @@ def test_training_on_other_tasks_moves_neither_the_position_tower_nor_its_table(
     train_step(learner, batch, DAY)
     for name, parameter in learner.model.named_parameters():
         assert parameter.grad is not None and (parameter.grad == 0).all() == name.startswith("position."), name
-    assert (exported(learner)["position"][2] == 0).all()  # Adagrad's sum of squared gradients: exactly 0
+    # Adagrad's sum of squared gradients: exactly 0
+    assert (exported(learner)["position"]["adagrad_sum"] == 0).all()
+
+
+# Statistics of ids
+
+
+def counted(batches: Sequence[Batch], item: int) -> np.ndarray:
+    """An item's impressions, clicks and carts in some batches, by a plain loop over their rows."""
+    found = np.zeros(3)
+    for batch in batches:
+        ids, offsets = batch.ids["item"].values_N.tolist(), batch.ids["item"].offsets.tolist()
+        for b in range(batch.num_rows):
+            if item in ids[offsets[b] : offsets[b + 1]]:
+                found += [1, *np.nan_to_num(batch.labels_BT[b, :2].numpy())]
+    return found
+
+
+@pytest.mark.parametrize("until", ["day", "batch"])
+def test_statistics_of_an_id_are_what_happened_before_this_day_or_batch_and_never_in_it(until: Any) -> None:
+    then = FeatureConfig(
+        "id_stats", table="item", of=("impressions", "click", "cart/click"), half_life_days=2, smoothing=5, until=until
+    )
+    learner = local(replace(config(MMOE), features=FEATURES | {"then": then}))
+    shard, yesterday, today = learner.embeddings.shard, [logged(seed=1), logged(seed=2)], [logged(seed=3)]
+    for day, batches in ((DAY, yesterday), (DAY + 1, today)):
+        shard.begin_day(day)
+        for batch in batches:
+            train_step(learner, batch, day)
+    batch, left = logged(seed=4), 0.5**0.5  # of yesterday, at a half-life of two days
+    numbers_BK = learner.features.numbers(batch, learner.embeddings.pull(batch.ids, insert=False), shard.overall_S)
+    overall = left * sum(counted(yesterday, item) for item in range(30))
+    expected = []
+    for ids in batch.ids["item"].values_N.split(batch.ids["item"].lengths_B.tolist()):
+        n = np.zeros(3)
+        if ids.numel():
+            n = left * counted(yesterday, int(ids)) + (counted(today, int(ids)) if until == "batch" else 0)
+        expected.append([*np.log1p(n[:2]), (n[2] + 5 * overall[2] / overall[1]) / (n[1] + 5)])
+    # plain loops in float64; tallies are kept in float32
+    np.testing.assert_allclose(numbers_BK[:, 2:], np.array(expected), rtol=1e-5, atol=1e-6)
 
 
 # Position bias, Zhao et al. 2019, section 4.3
@@ -373,8 +422,8 @@ def trained_on_clicks(rows: Batch) -> Learner:
 def test_the_position_tower_takes_the_bias_and_leaves_the_interest_to_the_main_net() -> None:
     rows, interest, bias = biased_clicks(16_000, seed=0)
     learner = trained_on_clicks(rows)
-    pulled = learner.embeddings.pull({"position": Jagged(torch.arange(10), torch.arange(11))}, insert=False)
-    shown = [(pulled.rows_UD[4][pulled.index_N["position"]], torch.ones(10))]
+    [block] = learner.embeddings.pull({"position": Jagged(torch.arange(10), torch.arange(11))}, insert=False)
+    shown = [(block.rows_UD[block.ids.values_N], torch.ones(10))]
     learnt = learner.averaged.module.get_submodule("position")(shown)[:, 0].detach().numpy()
     # the simulated law. Even the optimum (a logistic regression on one-hot positions, one in ten dropped) has slope .98
     # and inflation 1.03: where the position is dropped, interest stands in for it; a constant rate adds some hundredths
