@@ -143,6 +143,7 @@ class Checkpoints:
     def load(self, learner: Learner, checkpoint: Checkpoint) -> None:
         """Fill a fresh learner from a checkpoint of any number of workers. Collective."""
         together(learner.exchange, lambda: self._stored(lambda: self._read_parts(learner, checkpoint)))
+        learner.embeddings.shard.begin_day(checkpoint.day.toordinal())  # whoever must go is judged as of that day
         try:
             learner.embeddings.shard.fit()
         except TooManyRows as error:

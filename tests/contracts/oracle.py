@@ -36,7 +36,7 @@ Events = dict[str, int]  # how often what happened to an id in a batch
 
 @dataclass
 class Known:
-    """What is known of a row. sums: of each tally, as of day; today: what of it counts from tomorrow on. slack: how far
+    """What is known of a row. sums: of each tally, as of day; today: what day itself adds to a statistic. slack: how far
     rounding to float16 may have led its weights astray.
     """
 
@@ -69,10 +69,12 @@ class Table:
         """One byte a bucket and hash: all ids of a bucket share it; with many bytes none of these few ids do."""
         return bucket_of(id_) if self.config.admission.cells == 1 else id_
 
-    def sum_of(self, known: Known, tally: Tally, day: int) -> float:
+    def sum_of(self, known: Known, tally: Tally, day: int, *, as_day_began: bool = False) -> float:
         """A tally as of a day."""
         age = day - known.day
-        total = known.sums.get(tally.name, 0.0) + (known.today.get(tally.name, 0.0) if age else 0.0)
+        total = known.sums.get(tally.name, 0.0)
+        if age or not (tally.by_day or as_day_began):
+            total += known.today.get(tally.name, 0.0)
         return float(total * 0.5 ** (age / tally.half_life_days))
 
     def least(self, how_many: int, day: int, sparing: Iterable[int] = ()) -> list[int]:
@@ -214,14 +216,16 @@ class Oracle:
                 known = table.rows[i]
                 known.count += events[SIGHTINGS]
                 for tally in table.tallies:
-                    more = sum(weight * events[event] for event, weight in tally.weights.items())
-                    if not tally.by_day:
-                        known.sums[tally.name] = table.sum_of(known, tally, self.day) + more
-                    elif known.day == self.day:
-                        known.today[tally.name] = known.today.get(tally.name, 0.0) + more
-                    else:
-                        known.sums[tally.name], known.today[tally.name] = table.sum_of(known, tally, self.day), more
+                    self._tally(table, known, tally, sum(n * events[event] for event, n in tally.weights.items()))
                 known.day = self.day
+
+    def _tally(self, table: Table, known: Known, tally: Tally, more: float) -> None:
+        if tally is table.tallies[0]:  # the value
+            known.sums[tally.name] = table.sum_of(known, tally, self.day) + more
+        elif known.day == self.day:
+            known.today[tally.name] = known.today.get(tally.name, 0.0) + more
+        else:
+            known.sums[tally.name], known.today[tally.name] = table.sum_of(known, tally, self.day), more
 
     def _gradients(self, table: str, batch: Batch, push: str) -> dict[int, Floats]:
         """Of each id the sum over all places where it stands."""
@@ -278,10 +282,16 @@ class Oracle:
                 table.cells = {cell: count // 2 for cell, count in table.cells.items()}
         self.day = day
 
-    def overall(self, table: str) -> list[float]:
-        """The statistics over all ids."""
-        of = self.tables[table]
-        return [sum(of.sum_of(k, tally, self.day) for k in of.rows.values()) for tally in of.tallies[1:]]
+    def overall(self) -> dict[str, list[float]]:
+        """By table its statistics over all ids, as the day began."""
+        return {
+            name: [
+                sum(table.sum_of(k, tally, self.day, as_day_began=True) for k in table.rows.values())
+                for tally in table.tallies[1:]
+            ]
+            for name, table in self.tables.items()
+            if table.tallies[1:]
+        }
 
     def load(self, tables: Mapping[str, TableConfig]) -> tuple[str, int, int] | None:
         """As of the last snapshot, but with these bounds. Returns the table that is too full, its rows and capacity."""
@@ -298,11 +308,6 @@ class Oracle:
                     return name, len(table.rows), config.capacity_rows
                 self._evict(table, table.least(len(table.rows) - config.capacity_rows, self.day))
         return None
-
-    def newest_day(self) -> int:
-        """On which an id was seen of which something is known."""
-        days = [known.day for table in self.tables.values() for known in table.rows.values()]
-        return max(days + [day for table in self.tables.values() for _, day in table.waiting.values()], default=0)
 
     def account(self, table: str, num_workers: int) -> dict[str, float]:
         """What account() says of a table; what it says of memory is left out."""

@@ -64,8 +64,9 @@ class Written:
 
 @dataclass
 class Seen:
-    """What one worker saw: of each event, and at the end; too_full: what Shard.fit refused."""
+    """What one worker saw: as it began, of each event, and at the end. too_full: what Shard.fit refused."""
 
+    overall: dict[str, Array] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -90,10 +91,8 @@ class Worker:
         self.seen, self.folder = Seen(), f"{folder}/{number}"
         self._held: tuple[Snapshot, bool, int] | None = None
 
-    def play(self, layers: Sequence[Layer], day: int, idle: bool, step: int) -> Seen:
+    def play(self, layers: Sequence[Layer], day: int, step: int) -> Seen:
         self.step = step
-        if idle:  # nothing that was saved tells of the day on which it was saved
-            self.shard.begin_day(day)
         load(self.shard, LOCAL, [Layer(layer.folder, layer.overlapping(self.shard.buckets)) for layer in layers])
         try:
             self.shard.fit()
@@ -101,6 +100,7 @@ class Worker:
             self.seen.too_full = (error.table, error.rows, error.capacity_rows)
             return self.seen
         self.shard.begin_day(day)
+        self.seen.overall = dict(self.shard.overall_S)
         for instant, event in enumerate(self.segment.events):
             self.seen.events.append(self.do(event, instant))
         if not self.segment.lost:
@@ -118,7 +118,7 @@ class Worker:
             case Days(days):
                 self.shard.end_day()
                 self.shard.begin_day(self.shard.periods.today + days)
-                return {name: overall.tolist() for name, overall in self.shard.overall_S.items()}
+                return dict(self.shard.overall_S)
             case Evict(table, rows):
                 return self.shard.evict_least(self.shard.names[table % len(self.shard.names)], rows)
             case Hold(base, later):
@@ -206,7 +206,7 @@ class Worker:
         return found
 
 
-Task = tuple[Example, int, str, list[Layer], int, bool, int]
+Task = tuple[Example, int, str, list[Layer], int, int]
 Play = Callable[..., list[Seen]]  # what the workers of a segment saw; called with a Task's parts
 
 
@@ -245,8 +245,7 @@ class Chain:
         if segment.compact and self.layers:
             self.layers = [self._folded(segment.compact)]
         self.too_full = oracle.load(segment.tables)
-        idle = oracle.newest_day() < oracle.day
-        return self.example, self.number, self.folder, self.layers, oracle.day, idle, oracle.step
+        return self.example, self.number, self.folder, self.layers, oracle.day, oracle.step
 
     def _folded(self, pieces: int) -> Layer:
         folder = f"{self.folder}/{self.number}-folded"
@@ -260,6 +259,7 @@ class Chain:
         assert [worker.too_full for worker in seen] == [self.too_full] * len(seen)
         if self.too_full:
             return False
+        check_overall(oracle, [worker.overall for worker in seen])
         saved: dict[int, tuple[Any, int]] = {}
         for instant, event in enumerate(segment.events):
             self._event(event, [worker.events[instant] for worker in seen])
@@ -286,11 +286,7 @@ class Chain:
             case Days(days):
                 oracle.end_day()
                 oracle.begin_day(oracle.day + days)
-                expected = {name: oracle.overall(name) for name, table in oracle.tables.items() if table.tallies[1:]}
-                for mine in found:
-                    assert mine.keys() == expected.keys()
-                    for name in mine:
-                        assert_near(np.array(mine[name]), widened([expected[name]], len(mine[name]))[0])
+                check_overall(oracle, found)
             case Evict(table, rows):
                 name = list(oracle.tables)[table % len(oracle.tables)]
                 assert found == [oracle.evict_least(name, rows)] * workers
@@ -320,6 +316,14 @@ def check_read(example: Example, batch: Batch, expected: Step, found: Sequence[A
             slack = expected.slack[feature][rows, None] if len(batch[rows]) else 0.0
             assert_near(vectors_BD, expected.vectors[feature][rows].reshape(vectors_BD.shape), slack)
             assert_near(statistics_BS, widened(expected.statistics[feature][rows], statistics_BS.shape[1]))
+
+
+def check_overall(oracle: Oracle, found: Sequence[Mapping[str, Array]]) -> None:
+    """The statistics over all ids, on every worker."""
+    for mine in found:
+        assert mine.keys() == oracle.overall().keys()
+        for name, expected in oracle.overall().items():
+            assert_near(mine[name], widened([expected], mine[name].size)[0])
 
 
 def widened(statistics_BS: Any, width: int) -> Array:

@@ -164,7 +164,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> list[Lived]:
         workers = threads.run(WORKERS[day % len(WORKERS)], live, day, layers, folder)
         layers.append(Layer(str(folder / f"delta-{day}"), [part for teller in workers for part in teller.delta]))
         full = Layer(str(folder / f"full-{day}"), [part for teller in workers for part in teller.full])
-        days.append(Lived(workers, threads.run(2, reread, layers), threads.run(3, reread, [full])))
+        days.append(Lived(workers, threads.run(1 + day % 2, reread, layers), threads.run(2 - day % 2, reread, [full])))
     return days
 
 

@@ -64,15 +64,13 @@ def test_rows_are_read_as_they_were_whatever_happens_between_two_pieces(
     shard, (pool,) = store.shard, store.shard.pools
     for number, event in enumerate(before):
         if number == 3 and only_new:
-            shard.periods.saved()
-            shard.ledger.begin(shard.periods)
+            shard.saved()
         happen(store, event)
     since = shard.periods.first_unsaved
     frozen = FrozenRows(pool, since)
     shard.before_change = lambda pool, rows: frozen.before_change(rows)
     truth = [pool.known(rows) for rows in (sorted_rows(shard, name, since) for name in TABLES)]
-    shard.periods.saved()
-    shard.ledger.begin(shard.periods)
+    shard.saved()
 
     pieces, found = frozen.chunks(most_rows), []
     for event in after:

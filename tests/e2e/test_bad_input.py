@@ -90,7 +90,7 @@ def assert_loads(checkpoints: Path) -> None:
     assert store.days() == [FIRST]
     learner = build(config, LocalExchange())
     store.load(learner, store.open(FIRST))
-    assert learner.embeddings.shard.maps["item"].num_keys > 16
+    assert learner.embeddings.shard.export("item")["key"].size > 16
 
 
 # How a case is spoilt.
@@ -283,6 +283,27 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
             "-> correct it in the file or with --set",
         ),
     ),
+    "a setting of another row optimizer": (
+        nothing,
+        (*NIGHTLY, "--set", "train.rows={optimizer: sgd, beta1: 0.9}"),
+        ("train.rows.beta1: not a setting of sgd", "got 0.9", "-> drop it; sgd knows lr"),
+    ),
+    "value of no event": (
+        nothing,
+        (*TRAIN, "--set", "tables.item.value.clik=1"),
+        ("model.yaml: tables.item.value: no event is called 'clik'", "-> did you mean 'click'?"),
+    ),
+    "a table too small for its rows": (
+        nothing,
+        (*TRAIN, "--set", "tables.item={dim: 4, capacity_rows: 16, grow: false, when_full: reject}"),
+        (
+            "tables.item: a table holds more rows than it may",
+            "got ",
+            " rows",
+            "expected at most 16, its capacity_rows",
+            "-> raise capacity_rows, let it grow (grow: true), or evict (when_full: evict)",
+        ),
+    ),
     "another body": (
         nothing,
         (*TRAIN, "--set", "model.body={kind: mmoe}"),
@@ -297,7 +318,7 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
     "flipped bit in rows": (
         content("checkpoints/**/rows/item/*", flipped),
         NIGHTLY,
-        ("rows/item/00000-of-00001.parquet", *DAMAGED),
+        ("rows/item/rows-0000-4095.parquet", *DAMAGED),
     ),
     "flipped bit in the dense net": (
         content("checkpoints/**/dense.safetensors", flipped),

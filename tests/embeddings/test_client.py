@@ -21,7 +21,7 @@ from embeddings.client import Block, ShardedEmbeddings
 from embeddings.exchange import Exchange, LocalExchange
 from embeddings.jagged import Jagged
 from embeddings.kernels import FbgemmRows, TorchRows
-from embeddings.optim import RowwiseAdagrad, Sgd
+from embeddings.optim import Adam, RowwiseAdagrad, Sgd
 from embeddings.pool import MakeKernel
 from embeddings.shard import COUNTS, Shard
 from embeddings.table import Admission, TableConfig
@@ -413,6 +413,18 @@ def test_ids_without_a_row_train_one_row_together_of_which_every_worker_has_the_
         assert len({copy.tobytes() for copy in copies}) == 1
         np.testing.assert_allclose(copies[0], truth()[2].weight[table, None], rtol=0, atol=1e-5)
         assert copies.any() == (table == "ad")
+
+
+def test_a_default_row_stays_as_it_is_on_steps_where_nobody_reads_it() -> None:
+    shard = Shard({"x": TableConfig(dim=4, min_count=2, default_row="trained")}, Adam(0.1), kernel=TorchRows)
+    embeddings, moved = ShardedEmbeddings(shard, {"f": "x"}), []
+    for ids in ([1], [1], [1, 2], [1, 2], [1]):  # Adam moves by its momentum alone whatever it is given
+        (block,) = embeddings.pull({"f": Jagged.from_lengths(torch.tensor(ids), torch.tensor([len(ids)]))}, insert=True)
+        block.rows_UD.grad = torch.ones_like(block.rows_UD)
+        before = defaults_of(shard)["x"]
+        embeddings.push([block])
+        moved.append(not np.array_equal(defaults_of(shard)["x"], before))
+    assert moved == [True, False, True, False, False]
 
 
 def test_every_id_has_one_row_on_the_shard_that_owns_its_bucket(seen: list[Seen]) -> None:

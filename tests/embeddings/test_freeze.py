@@ -6,6 +6,7 @@ another thread.
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -214,6 +215,24 @@ def test_rows_added_since_and_rows_given_to_others_are_not_among_the_frozen() ->
     life.add(500)  # in the same rows, then in others
     assert life.pool.ids.num_rows == 500
     assert by_owner(columns for _, columns in frozen.chunks(50)) == expected
+
+
+def test_a_row_is_copied_for_the_reader_once_and_not_after_he_has_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    life, copied, known = living(5), Counter[int](), RowPool.known
+
+    def counted(pool: RowPool, rows: Int64s) -> Columns:
+        copied.update(rows.tolist())
+        return known(pool, rows)
+
+    frozen, rows = FrozenRows(life.pool), np.concatenate([life.pool.ids.rows(table) for table in TABLES])
+    monkeypatch.setattr(RowPool, "known", counted)
+    for part in (rows[:10], rows[:20], rows[5:15]):
+        frozen.before_change(part)
+    assert copied == Counter(rows[:20].tolist())
+    list(frozen.chunks(7))
+    copied.clear()
+    frozen.before_change(rows)
+    assert not copied
 
 
 def test_another_threads_reader_sees_the_instant_while_this_one_trains(kernel: MakeKernel) -> None:

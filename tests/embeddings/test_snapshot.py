@@ -235,9 +235,12 @@ def test_base_and_deltas_are_the_full_snapshot_and_so_is_what_they_are_folded_in
         assert state_of(loaded(layers, 1 + day % 3)) == expected
         whole = Layer(str(tmp_path / f"whole-{day}"), compact(LOCAL, layers, str(tmp_path / f"whole-{day}")))
         assert state_of(loaded([whole], 2)) == expected
-        halves = [compact(LOCAL, layers, str(tmp_path / f"halves-{day}"), buckets_of(s, 3)) for s in range(3)]
-        parts = [part for half in halves for part in half]
-        assert state_of(loaded([Layer(str(tmp_path / f"halves-{day}"), parts)], 2)) == expected
+        thirds = [compact(LOCAL, layers, str(tmp_path / f"thirds-{day}"), buckets_of(s, 3)) for s in range(3)]
+        parts = [part for third in thirds for part in third]
+        assert len({part.path for part in parts}) == len(parts)
+        for path in whole.paths("item", "rows", range(NUM_BUCKETS)):
+            assert (np.diff(keys_of(pd.read_parquet(path)["id"].to_numpy())) > 0).all()
+        assert state_of(loaded([Layer(str(tmp_path / f"thirds-{day}"), parts)], 2)) == expected
         if day == 2:
             layers = [whole]  # the chain goes on from what was folded
     assert len(layers) == 3
@@ -269,24 +272,31 @@ def test_tombstones_name_who_left_and_did_not_come_back_and_newer_layers_bring_h
     shards = shards_of(1, tables={"x": TableConfig(dim=4, min_count=2, init_scale=0.1)}, tallies={})
     (shard,), layers = shards, list[Layer]()
 
-    def night(*, evict: Sequence[int] = (), see: Sequence[int] = ()) -> dict[str, list[int]]:
-        shard.begin_day(shard.periods.today + 1)
-        rows = shard.pool_of("x").ids.find(keys_of(np.array(evict, np.int64)), np.zeros(len(evict), np.uint8))
+    def evict(*ids: int) -> None:
+        rows = shard.pool_of("x").ids.find(keys_of(np.array(ids, np.int64)), np.zeros(len(ids), np.uint8))
         shard._evict(shard.pool_of("x"), rows)
-        meet(shard, "x", see)
+
+    def night(*seen: int) -> dict[str, list[int]]:
+        shard.begin_day(FIRST_DAY.toordinal() + len(layers))
+        for one_id in seen:
+            meet(shard, "x", [one_id])
         layers.append(save(shards, tmp_path / str(len(layers)), base=not layers))
         assert state_of(loaded(layers, 1, tables=shard.tables, tallies={})) == state_of(shards)
         return kinds_of(layers[-1], "x")
 
-    assert night(see=[1, 2, -1]) == {"waiting": [-1, 1, 2]}
-    assert night(see=[1, 2, 3]) == {"rows": [1, 2], "waiting": [3], "admitted": [1, 2]}
-    assert night(evict=[1, 2], see=[2]) == {"waiting": [2], "evicted": [1, 2]}  # 2 waits again
-    assert night(see=[2]) == {"rows": [2], "admitted": [2]}
-    assert night(evict=[2]) == {"evicted": [2]}
-    meet(shard, "x", [2])
-    assert night(see=[2]) == {"rows": [2], "admitted": [2]}  # it waited and was admitted between two snapshots
-    meet(shard, "x", [1])
-    assert night(see=[1, 3], evict=[2]) == {"rows": [1, 3], "admitted": [1, 3], "evicted": [2]}
+    assert night(1, 2, -1) == {"waiting": [-1, 1, 2]}
+    assert night(1, 2, 3) == {"rows": [1, 2], "waiting": [3], "admitted": [1, 2]}
+    evict(1, 2)
+    assert night(2) == {"waiting": [2], "evicted": [1, 2]}
+    assert night(2) == {"rows": [2], "admitted": [2]}
+    evict(2)
+    assert night() == {"evicted": [2]}
+    assert night(2, 2) == {"rows": [2], "admitted": [2]}
+    evict(2)
+    assert night(2, 2) == {"rows": [2], "admitted": [2]}  # he left and came back: no tombstone of his row
+    meet(shard, "x", [3])
+    evict(3)
+    assert night(3) == {"waiting": [3], "evicted": [3]}  # and this one waits again
 
 
 # Files
