@@ -5,7 +5,7 @@ row; deltas against rows touched and against rows there are; load, step and snap
 Rounds of the systems compared alternate in the same processes; figures are medians, ratios are of paired rounds. Exit
 code 1 when a bound is missed.
 
-    pip install --no-deps torchrec==1.8.0 tensordict torchmetrics lightning-utilities iopath portalocker pyre-extensions typing-inspect pyvers
+    pip install --no-deps -r benchmarks/torchrec.txt
     python -m benchmarks.embeddings [--rows 50_000_000] [--dim 16] [--json]
 """
 
@@ -257,6 +257,18 @@ def growth(rows: int, dim: int, folder: str) -> dict[str, float]:
     }
 
 
+def _line(entry: dict[str, float]) -> str:
+    parts = [
+        f"  {entry['rows']:11,} rows: fill {entry['fill_s']:.1f} s",
+        f"step of {BATCH * 16:,} ids {entry['step_s'] * 1e3:.1f} ms",
+        f"snapshot {entry['snapshot_s']:.1f} s ({entry['snapshot_bytes'] / 2**30:.2f} GiB",
+        f"training held {entry['snapshot_hold_s'] * 1e3:.0f} ms)",
+        f"load {entry['load_s']:.1f} s",
+        f"memory {entry['memory_gib']:.1f} GiB",
+    ]
+    return ", ".join(parts)
+
+
 def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """In a process of its own, so that its memory is its own."""
     context = torch.multiprocessing.get_context("spawn")
@@ -330,12 +342,7 @@ def main() -> None:
             for rows in sizes:
                 entry = _in_process(growth, rows, options.dim, f"{folder}/{rows}")
                 found["growth"].append(entry)
-                print(
-                    f"  {rows:11,} rows: fill {entry['fill_s']:.1f} s, step of {BATCH * 16:,} ids {entry['step_s'] * 1e3:.1f} ms,"
-                    f" snapshot {entry['snapshot_s']:.1f} s ({entry['snapshot_bytes'] / 2**30:.2f} GiB, training held"
-                    f" {entry['snapshot_hold_s'] * 1e3:.0f} ms), load {entry['load_s']:.1f} s, memory {entry['memory_gib']:.1f} GiB",
-                    flush=True,
-                )
+                print(_line(entry), flush=True)
             found["bytes_per_row_overhead"] = found["growth"][-1]["bytes_per_row_overhead"]
             bound(
                 "bytes a row beyond vector and state",

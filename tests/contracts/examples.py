@@ -175,8 +175,8 @@ def owner_of(id_: int, num_workers: int) -> int:
 
 
 class Dice:
-    """Choices from drawn bytes: one draw for many, which takes a fraction of the time. The first option is the simplest,
-    and is taken where the bytes end.
+    """Choices from drawn bytes: one draw for many, which takes a fraction of the time. The first option is the
+    simplest; it is taken where the bytes end.
     """
 
     def __init__(self, drawn: bytes):
@@ -186,7 +186,12 @@ class Dice:
         return options[next(self._drawn, 0) % len(options)]
 
 
-_VALUES = ({}, {"click": 4.0, SIGHTINGS: 0.5}, {IMPRESSIONS: 1.0, "buy": 2.0}, {"click": 1.0})
+_VALUES: tuple[dict[str, float], ...] = (
+    {},
+    {"click": 4.0, SIGHTINGS: 0.5},
+    {IMPRESSIONS: 1.0, "buy": 2.0},
+    {"click": 1.0},
+)
 _TALLIES: tuple[tuple[Tally, ...], ...] = (
     (),
     (Tally("clicks", {"click": 1.0}, half_life_days=1.0),),

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from contracts.examples import (
@@ -36,8 +37,8 @@ Events = dict[str, int]  # how often what happened to an id in a batch
 
 @dataclass
 class Known:
-    """What is known of a row. sums: of each tally, as of day; today: what day itself adds to a statistic. slack: how far
-    rounding to float16 may have led its weights astray.
+    """What is known of a row. sums: of each tally, as of day; today: what that day itself adds to a statistic. slack:
+    how far rounding to float16 may have led its weights astray.
     """
 
     weight: Floats
@@ -319,16 +320,14 @@ class Oracle:
             "repeats": counts["ids"] - counts["distinct"],
             "waiting": len(self.tables[table].waiting),
             "rows": len(rows),
-            "imbalance": round(max(of_worker) / max(np.mean(of_worker), 1e-9), 4),
+            "imbalance": round(max(of_worker) * num_workers / max(sum(of_worker), 1e-9), 4),
             "top_share": round(sum(most[: math.ceil(len(rows) / 100)]) / max(sum(most), 1), 4),
         }
 
 
-def stepped(
-    optimizer: str, g: Floats, w: Floats, state: Mapping[str, Floats]
-) -> tuple[Floats, dict[str, Floats]]:
+def stepped(optimizer: str, g: Floats, w: Floats, state: Mapping[str, Floats]) -> tuple[Floats, dict[str, Floats]]:
     """One optimizer step, from the papers' formulas: the new weights and states."""
-    o = OPTIMIZERS[optimizer]
+    o: Any = OPTIMIZERS[optimizer]
     if optimizer == "sgd":
         return w - o.lr * g, {}
     if optimizer in ("adagrad", "rowwise_adagrad"):

@@ -43,7 +43,6 @@ from embeddings.pool import MakeKernel
 from embeddings.pooling import Pooling, pool, statistics
 from embeddings.shard import Shard, TooManyRows
 from embeddings.snapshot import Layer, Part, Snapshot, compact, load
-from embeddings.table import TableConfig
 
 LOCAL = pyarrow.fs.LocalFileSystem()
 # Sums are exact in float32, roots and quotients to half a unit in the last place (6e-8), in a few dozen steps.

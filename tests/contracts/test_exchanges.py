@@ -36,7 +36,7 @@ def items(call: int, rank: int, workers: int) -> Array:
     random = np.random.default_rng([call, 3])
     first = random.choice([0, 1, 2**62, -1, -(2**63)], 60) if call % 2 else np.zeros(60, np.int64)
     order = np.stack([first, (random.permutation(60) - 30) * 2**57 + call])
-    return order[:, rank::workers] if call % 5 else order[:, :60 if rank == 0 else 0]
+    return order[:, rank::workers] if call % 5 else order[:, : 60 if rank == 0 else 0]
 
 
 def script(exchange: Exchange) -> list[Any]:

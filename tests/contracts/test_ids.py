@@ -1,4 +1,4 @@
-"""Ids as bad as they come: multiples of the number of workers, all equal, Zipf's, the extremes, equal in half of the key.
+"""Ids as bad as they come: multiples of the number of workers, all equal, Zipf's, the extremes, equal in half a key.
 
 Nothing collides, nothing hangs, and no shard has much more than its share.
 """

@@ -20,8 +20,8 @@ from embeddings.buckets import NUM_BUCKETS, buckets_of
 from embeddings.client import ShardedEmbeddings
 from embeddings.exchange import Exchange
 from embeddings.kernels import TorchRows
-from embeddings.pooling import Pooling, pool
 from embeddings.optim import Adagrad, RowwiseAdagrad
+from embeddings.pooling import Pooling, pool
 from embeddings.shard import Shard, TooManyRows
 from embeddings.snapshot import Layer, Part, Snapshot, compact, load
 from embeddings.table import Admission, TableConfig
@@ -188,9 +188,7 @@ def test_too_many_rows_for_a_table_that_may_not_evict_are_told_of_on_every_worke
 
 @pytest.mark.parametrize("load_on", [1, 2, 5])
 @pytest.mark.parametrize("folded_by", [1, 3])
-def test_a_folded_chain_loads_like_the_chain(
-    chains: Chains, tmp_path: Path, folded_by: int, load_on: int
-) -> None:
+def test_a_folded_chain_loads_like_the_chain(chains: Chains, tmp_path: Path, folded_by: int, load_on: int) -> None:
     layers, truth = chains[4]
     parts = [compact(LOCAL, layers, str(tmp_path), buckets_of(w, folded_by)) for w in range(folded_by)]
     assert sum(part.rows for of in parts for part in of if part.kind == "sketch") == NUM_BUCKETS
