@@ -190,11 +190,12 @@ class ShardedEmbeddings:
         """One step of the default rows that are trained, from the gradients of all ids without a row (collective):
         every worker keeps the same copy.
         """
-        defaults, first_rows = pool.default_rows(route.table_O), pool.default_rows(trained)
-        lacking = torch.from_numpy(np.flatnonzero(route.rows_O < 0))
+        first_rows, device = pool.default_rows(trained), summed_OD.device
+        lacking = torch.from_numpy(np.flatnonzero(route.rows_O < 0)).to(device)
+        defaults = torch.from_numpy(pool.default_rows(route.table_O)).to(device)[lacking]
         total = summed_OD.new_zeros(len(pool.tables), pool.dim + 1)
-        total[:, :-1].index_add_(0, torch.from_numpy(defaults)[lacking], summed_OD[lacking])
-        total[:, -1].index_add_(0, torch.from_numpy(defaults)[lacking], summed_OD.new_ones(lacking.numel()))
+        total[:, :-1].index_add_(0, defaults, summed_OD[lacking])
+        total[:, -1].index_add_(0, defaults, summed_OD.new_ones(lacking.numel()))
         total = self.exchange.all_reduce(total)
         rows = first_rows[total[first_rows, -1].cpu().numpy() > 0]
         pool.update(rows, total[rows, :-1])

@@ -93,6 +93,8 @@ class Worker:
     def play(self, layers: Sequence[Layer], day: int, step: int) -> Seen:
         self.step = step
         load(self.shard, LOCAL, [Layer(layer.folder, layer.overlapping(self.shard.buckets)) for layer in layers])
+        if len(layers) % 2:  # before or after, either way
+            self.shard.begin_day(day)
         try:
             self.shard.fit()
         except TooManyRows as error:
@@ -181,21 +183,11 @@ class Worker:
     def everything(self, table: str) -> dict[str, Any]:
         """All that this worker knows of a table."""
         shard, t = self.shard, self.shard.number[table]
-        pool, waiting = shard.pool_of(table), shard.waiting.ids
-        columns = shard.export(table)
-        columns["id"] = unhash64(torch.from_numpy(columns["key"])).numpy()
-        rows = waiting.rows(t)
-        days = np.array(shard.periods.days)[waiting.seen_R[rows]]
-        found = {
-            "rows": columns,
+        columns, pool = shard.export(table), shard.pool_of(table)
+        found: dict[str, Any] = {
+            "rows": columns | {"id": ids_of(columns["key"])},
             "tallies": shard.ledger.columns(t),
-            "waiting": dict(
-                zip(
-                    unhash64(torch.from_numpy(waiting.key_R[rows])).tolist(),
-                    zip(waiting.count_R[rows].tolist(), days.tolist(), strict=True),
-                    strict=True,
-                )
-            ),
+            "waiting": waiting_in(shard, table),
             "default": pool.known(pool.default_rows(np.array([t], np.uint8))),
         }
         if table in shard.sketches:
@@ -203,6 +195,20 @@ class Worker:
             keys = keys_of(np.array(ids, np.int64))
             found["sketch"] = dict(zip(ids, shard.sketches[table].add(keys, np.zeros_like(keys)), strict=True))
         return found
+
+
+def ids_of(keys: Array) -> Array:
+    ids: Array = unhash64(torch.from_numpy(keys)).numpy()
+    return ids
+
+
+def waiting_in(shard: Shard, table: str) -> dict[int, tuple[int, int]]:
+    """Sightings and last day of each id that waits for its row."""
+    waiting = shard.waiting.ids
+    rows = waiting.rows(shard.number[table])
+    days = np.array(shard.periods.days)[waiting.seen_R[rows]].tolist()
+    counts = zip(waiting.count_R[rows].tolist(), days, strict=True)
+    return dict(zip(ids_of(waiting.key_R[rows]).tolist(), counts, strict=True))
 
 
 Task = tuple[Example, int, str, list[Layer], int, int]

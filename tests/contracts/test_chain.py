@@ -17,9 +17,9 @@ import pytest
 import threads
 import torch
 from contracts.examples import coefficients, jagged
+from contracts.play import ids_of, waiting_in
 
 from embeddings.accounts import account
-from embeddings.buckets import unhash64
 from embeddings.client import ShardedEmbeddings
 from embeddings.exchange import Exchange, LocalExchange
 from embeddings.kernels import TorchRows
@@ -81,18 +81,13 @@ class Told:
 
 
 def told(shard: Shard, of_day: dict[str, float]) -> Told:
-    columns, waiting = shard.export("item"), shard.waiting.ids
-    ids = unhash64(torch.from_numpy(columns["key"])).tolist()
+    columns = shard.export("item")
     rest = [columns[what] for what in ("weight", "adagrad_sum", "tally")]
     rows = {
         i: (int(columns["count"][n]), int(columns["last_seen_day"][n]), b"".join(c[n].tobytes() for c in rest))
-        for n, i in enumerate(ids)
+        for n, i in enumerate(ids_of(columns["key"]).tolist())
     }
-    places = waiting.rows(0)
-    days = np.array(shard.periods.days)[waiting.seen_R[places]].tolist()
-    counts = zip(waiting.count_R[places].tolist(), days, strict=True)
-    waits = dict(zip(unhash64(torch.from_numpy(waiting.key_R[places])).tolist(), counts, strict=True))
-    return Told(of_day, rows, waits)
+    return Told(of_day, rows, waiting_in(shard, "item"))
 
 
 def live(exchange: Exchange, day: int, layers: Sequence[Layer], folder: Path) -> Told:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import threads
-import torch
 from contracts.examples import EXTREMES, jagged
+from contracts.play import ids_of
 
 from embeddings.accounts import account
-from embeddings.buckets import unhash64
 from embeddings.client import ShardedEmbeddings
 from embeddings.exchange import Exchange
 from embeddings.kernels import TorchRows
@@ -30,7 +29,7 @@ def zipf(seed: int) -> list[int]:
 
 
 def of_keys(keys: Sequence[int]) -> list[int]:
-    return unhash64(torch.tensor(keys)).tolist()
+    return ids_of(np.array(keys, np.int64)).tolist()
 
 
 MANY = {  # at least thousands of distinct ids: shared out evenly
@@ -69,7 +68,7 @@ def seen_by(exchange: Exchange, ids: Sequence[int]) -> tuple[dict[int, tuple[int
         (-block.rows_UD[block.ids.values_N]).sum().backward()
         store.push([block])
     columns = shard.export("t")
-    found = unhash64(torch.from_numpy(columns["key"])).tolist()
+    found = ids_of(columns["key"]).tolist()
     assert len(np.unique(columns["row"])) == len(found)
     known = zip(columns["count"].tolist(), columns["weight"][:, 0].tolist(), strict=True)
     return dict(zip(found, known, strict=True)), account(shard)["t"]

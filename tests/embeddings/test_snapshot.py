@@ -536,6 +536,19 @@ def test_a_sketch_of_another_size_starts_anew_and_all_else_is_kept(
     assert found["user"][0] == truth["user"][0] and found["ad"] == truth["ad"]
 
 
+def test_a_sketch_remembers_its_day_also_when_nobody_was_seen_on_it(tmp_path: Path) -> None:
+    shards, first = shards_of(1), FIRST_DAY.toordinal() // 2 * 2
+    shards[0].begin_day(first)
+    for table in ("item", "user", "user"):
+        meet(shards[0], table, [7])
+    shards[0].begin_day(first + 2)  # two days: halved, and nobody is seen
+    (again,) = loaded([save(shards, tmp_path, base=True)])
+    for shard in (shards[0], again):
+        shard.begin_day(first + 3)
+    assert np.array_equal(again.sketches["user"].cells, shards[0].sketches["user"].cells)
+    assert again.sketches["user"].cells.max() == 1
+
+
 def test_a_table_given_less_room_keeps_the_most_valuable_and_its_next_delta_says_who_left(tmp_path: Path) -> None:
     shards = lived(1)
     base = save(shards, tmp_path / "base", base=True)
