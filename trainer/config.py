@@ -504,7 +504,7 @@ def _check_numbers(config: Config, where: str) -> None:
         **{f"model.balance.weights.{n}": (weight, 0, 10**6) for n, weight in config.model.balance.weights.items()},
         "train.seed": (config.train.seed, 0, 2**63 - 1),
         **{f"train.rows.{n}": (v, 0, 10**6) for n, v in rows.items() if v is not None},
-        **{f"train.rows.{n}": (rows[n], 1e-30, 10**6) for n in ("lr", "eps") if rows[n] is not None},  # 0 / 0 is NaN
+        **({"train.rows.eps": (rows["eps"], 1e-30, 10**6)} if rows["eps"] is not None else {}),  # 0 / 0 is NaN
         **{f"train.rows.{n}": (rows[n] or 0.0, 0, 0.999999) for n in ("beta1", "beta2")},
         **{f"tables.{n}.{key}": bound for n, t in config.tables.items() for key, bound in _table_bounds(t).items()},
         "train.dense.lr": (config.train.dense.lr, 0, 10**6),
