@@ -289,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.embeddings", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rows", type=lambda text: int(text.replace("_", "")), default=10_000_000)
     parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of each system that is compared")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each system that is compared")
     parser.add_argument("--only", choices=["torchrec", "dynamic", "deltas", "growth"], help="one section")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     options = parser.parse_args()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from embeddings.buckets import keys_of
-from embeddings.dedupe import Bytes, Distinct, Int64s, distinct, transpose
+from embeddings.dedupe import Bytes, Distinct, Int64s, distinct, sums_by_pair
 from embeddings.jagged import Jagged
 from embeddings.pool import RowPool
 from embeddings.shard import Shard
@@ -36,7 +36,7 @@ class _Route:
     received_W: list[int]  # pairs each worker sent here
     rows_O: Int64s  # of the distinct pairs here, -1 where there is none
     table_O: Bytes
-    owned_of_V: Tensor | None  # for each pair received, its place in rows_O; None when they are the same
+    owned_of_V: Int64s | None  # for each pair received, its place in rows_O; None when they are the same
 
 
 @dataclass
@@ -149,23 +149,23 @@ class ShardedEmbeddings:
             key_O, table_O = owned.key_U, owned.table_U
             event_OE = np.zeros((key_O.size, event_VE.shape[1]), np.int64)
             add_rows(event_OE, owned.index_N, event_VE)
-            owned_of_V = torch.from_numpy(owned.index_N).to(shard.device)
+            owned_of_V = owned.index_N
         if insert:
             rows_O, statistics_OS = shard.meet(pool, key_O, table_O, event_OE)
         else:
             rows_O, statistics_OS = shard.find(pool, key_O, table_O)
-        lacking = rows_O < 0
-        rows_OD = pool.lookup(np.where(lacking, pool.default_rows(table_O), rows_O) if lacking.any() else rows_O)
         route = _Route(sent_W, received_W, rows_O, table_O, owned_of_V)
-        statistics = self._back(torch.from_numpy(statistics_OS).to(shard.device), route, torch.float32)
-        return self._back(rows_OD, route, self._payload), statistics, route
+        to_read_O = np.where(rows_O < 0, pool.default_rows(table_O), rows_O) if (rows_O < 0).any() else rows_O
+        to_read_V = to_read_O if owned_of_V is None else to_read_O[owned_of_V]
+        rows_UD = self._back(pool.lookup(to_read_V).to(self._payload), route).float()
+        if statistics_OS.shape[1] == 0:
+            return rows_UD, rows_UD.new_zeros(batch.key_U.size, 0), route
+        statistics_VS = statistics_OS if owned_of_V is None else statistics_OS[owned_of_V]
+        return rows_UD, self._back(torch.from_numpy(statistics_VS).to(shard.device), route), route
 
-    def _back(self, owned: Tensor, route: _Route, payload: torch.dtype) -> Tensor:
+    def _back(self, for_V: Tensor, route: _Route) -> Tensor:
         """From the owner to those who asked."""
-        if route.owned_of_V is None or owned.shape[1] == 0:
-            return owned.to(payload).float() if route.owned_of_V is None else owned.new_zeros(sum(route.sent_W), 0)
-        parts = owned.to(payload).index_select(0, route.owned_of_V)
-        return self.exchange.all_to_all(parts, route.received_W, route.sent_W).float()
+        return self.exchange.all_to_all(for_V, route.received_W, route.sent_W)
 
     def push(self, blocks: list[Block]) -> None:
         """Send the rows' gradients to their owners, which make one optimizer step a row (collective)."""
@@ -173,11 +173,8 @@ class ShardedEmbeddings:
             route, pool = block.route, block.pool
             trained = self._trained_defaults[self.shard.pools.index(pool)]
             grad_UD = torch.zeros_like(block.rows_UD) if block.rows_UD.grad is None else block.rows_UD.grad
-            summed_OD = grad_UD.to(self._payload).float()
-            if route.owned_of_V is not None:
-                arrived_VD = self.exchange.all_to_all(grad_UD.to(self._payload), route.sent_W, route.received_W)
-                one_each = Jagged(route.owned_of_V, torch.arange(route.owned_of_V.numel() + 1, device=grad_UD.device))
-                summed_OD = transpose(one_each, route.rows_O.size).sums(arrived_VD.float())
+            grad_VD = self.exchange.all_to_all(grad_UD.to(self._payload), route.sent_W, route.received_W).float()
+            summed_OD = grad_VD if route.owned_of_V is None else self._sums(grad_VD, route)
             if trained.size:
                 self._train_defaults(pool, trained, route, summed_OD)
             has_row = route.rows_O >= 0
@@ -185,6 +182,12 @@ class ShardedEmbeddings:
                 pool.update(route.rows_O, summed_OD)
             else:
                 pool.update(route.rows_O[has_row], summed_OD[torch.from_numpy(has_row)])
+
+    def _sums(self, grad_VD: Tensor, route: _Route) -> Tensor:
+        """What several workers sent for one row, summed."""
+        assert route.owned_of_V is not None
+        one_each = Jagged(torch.from_numpy(route.owned_of_V), torch.arange(route.owned_of_V.size + 1))
+        return sums_by_pair(one_each.to(grad_VD.device), grad_VD, route.rows_O.size)
 
     def _train_defaults(self, pool: RowPool, trained: Bytes, route: _Route, summed_OD: Tensor) -> None:
         """One step of the default rows that are trained, from the gradients of all ids without a row (collective):

@@ -1,8 +1,8 @@
-"""The distinct (table, key) pairs of a batch, and where each id of the batch finds its own.
+"""The distinct (table, key) pairs of a batch, where each id of the batch finds its own, and sums by pair.
 
 Plain loops, compiled, on the host, outside Python's global lock: 10^7 ids a second and core.
 
-Shape letters: N ids of a batch, U distinct pairs, W workers.
+Shape letters: N ids of a batch in B lists, U distinct pairs, W workers, D numbers a list.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
+from torch import Tensor
 
 from embeddings.buckets import owner_of
 from embeddings.jagged import Jagged
@@ -44,6 +45,15 @@ def transpose(bags: Jagged, num_pairs: int) -> Jagged:
     """Lists of pairs turned round: for each pair the lists that hold it."""
     turned = _transpose(bags.values_N.cpu().numpy(), bags.offsets.cpu().numpy(), num_pairs)
     return Jagged(*(torch.from_numpy(array).to(bags.offsets.device) for array in turned))
+
+
+def sums_by_pair(bags: Jagged, value_BD: Tensor, num_pairs: int) -> Tensor:
+    """For each pair the sum over the lists that hold it, in their order: float32 [U, D]."""
+    if value_BD.device.type == "cpu":
+        sum_UD = torch.zeros(num_pairs, value_BD.shape[1])
+        _add_by_pair(sum_UD.numpy(), bags.values_N.numpy(), bags.offsets.numpy(), value_BD.numpy())
+        return sum_UD
+    return transpose(bags, num_pairs).sums(value_BD)
 
 
 @njit(nogil=True, cache=True)
@@ -102,3 +112,12 @@ def _transpose(index_N, offsets, num_pairs):  # type: ignore[no-untyped-def]
             bags_N[next_U[index_N[n]]] = bag
             next_U[index_N[n]] += 1
     return bags_N, pair_offsets
+
+
+@njit(nogil=True, cache=True)
+def _add_by_pair(sum_UD, index_N, offsets, value_BD):  # type: ignore[no-untyped-def]
+    for bag in range(offsets.size - 1):
+        for n in range(offsets[bag], offsets[bag + 1]):
+            sum_D, value_D = sum_UD[index_N[n]], value_BD[bag]
+            for d in range(value_D.size):
+                sum_D[d] += value_D[d]

@@ -3,11 +3,13 @@
 A kernel holds R rows of D numbers, float32 or float16, and does two things with them: look up, and subtract a step.
 The optimizer's arithmetic lives in optim.py: on CPU, FBGEMM's fused optimizers cost several times more than the step
 itself, and most of its optimizers have no CPU kernel at all. Its backward is not used either: a plain loop that
-subtracts takes a tenth of its time on CPU.
+subtracts takes a tenth of its time on CPU. For the optimizer that most tables have, a kernel may know a shorter way:
+the whole update in one pass.
 
 Shape letters: R rows, U distinct rows, D numbers a row.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +24,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from numba import njit
 from torch import Tensor
+
+from embeddings.optim import RowOptimizer, RowwiseAdagrad
 
 _BLOCK = 64
 _FLOAT16_MAX = 65504.0
@@ -44,6 +48,12 @@ class RowKernel(Protocol):
     def subtract(self, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
         """weight[rows] -= step, in place; every other row keeps its bits. chance: uniform in [0, 1), with which
         float16 rows are rounded.
+        """
+        ...
+
+    def update(self, optimizer: RowOptimizer, rows_U: Tensor, grad_UD: Tensor, states: Mapping[str, Tensor]) -> bool:
+        """The optimizer's step of the rows, and of all rows' states, in one pass. False where the kernel has no such
+        pass: then nothing was done.
         """
         ...
 
@@ -77,6 +87,15 @@ class FbgemmRows:
     def subtract(self, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
         _subtract(self.weight_RD, rows_U, step_UD, chance_UD)
 
+    def update(self, optimizer: RowOptimizer, rows_U: Tensor, grad_UD: Tensor, states: Mapping[str, Tensor]) -> bool:
+        weight_RD = self.weight_RD
+        if not isinstance(optimizer, RowwiseAdagrad) or not _plain(weight_RD):
+            return False
+        of_rows = weight_RD.numpy(), states["adagrad_sum"].numpy()
+        settings = np.float32(optimizer.lr), np.float32(optimizer.eps)
+        _rowwise_adagrad_on_host(*of_rows, rows_U.numpy(), grad_UD.numpy(), *settings)
+        return True
+
 
 class TorchRows:
     """The twin in plain torch, for the contract tests and for machines without FBGEMM's kernels."""
@@ -94,9 +113,17 @@ class TorchRows:
     def subtract(self, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
         _subtract(self._weight, rows_U, step_UD, chance_UD)
 
+    def update(self, optimizer: RowOptimizer, rows_U: Tensor, grad_UD: Tensor, states: Mapping[str, Tensor]) -> bool:
+        return False
+
+
+def _plain(weight_RD: Tensor) -> bool:
+    """Whether the loops on the host can work on the rows."""
+    return weight_RD.dtype == torch.float32 and weight_RD.device.type == "cpu"
+
 
 def _subtract(weight_RD: Tensor, rows_U: Tensor, step_UD: Tensor, chance_UD: Tensor | None) -> None:
-    if weight_RD.dtype == torch.float32 and weight_RD.device.type == "cpu":
+    if _plain(weight_RD):
         _subtract_on_host(weight_RD.numpy(), rows_U.numpy(), step_UD.numpy())
         return
     stepped_UD = weight_RD.index_select(0, rows_U).float().sub_(step_UD)
@@ -119,6 +146,25 @@ def _subtract_on_host(weight_RD, rows_U, step_UD):  # type: ignore[no-untyped-de
             for d in range(step_D.size):
                 weight_D[d] -= step_D[d]
     return touched  # else the compiler would drop the reads
+
+
+@njit(nogil=True, cache=True)
+def _rowwise_adagrad_on_host(weight_RD, sum_R, rows_U, grad_UD, lr, eps):  # type: ignore[no-untyped-def]
+    """RowwiseAdagrad.step and its subtraction, in blocks as above."""
+    touched, dim = np.float32(0), np.float32(weight_RD.shape[1])
+    for first in range(0, rows_U.size, _BLOCK):
+        end = min(first + _BLOCK, rows_U.size)
+        for u in range(first, end):
+            touched += weight_RD[rows_U[u], 0] + sum_R[rows_U[u]]
+        for u in range(first, end):
+            weight_D, grad_D, squares = weight_RD[rows_U[u]], grad_UD[u], np.float32(0)
+            for d in range(grad_D.size):
+                squares += grad_D[d] * grad_D[d]
+            sum_R[rows_U[u]] += squares / dim
+            rate = lr / (np.sqrt(sum_R[rows_U[u]]) + eps)
+            for d in range(grad_D.size):
+                weight_D[d] -= rate * grad_D[d]
+    return touched
 
 
 def to_float16(x: Tensor, chance: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ class RowPool:
     def update(self, rows_U: Int64s, grad_UD: Tensor) -> None:
         """One optimizer step of distinct rows from their summed gradients."""
         rows = self._on_device(rows_U)
+        if self._kernel.update(self.optimizer, rows, grad_UD, self._states):
+            return
         states = {name: state.index_select(0, rows) for name, state in self._states.items()}
         weight_UD = self._kernel.lookup(rows) if self.optimizer.reads_weight else None
         step_UD, states = self.optimizer.step(grad_UD, states, weight_UD)

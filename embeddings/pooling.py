@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embeddings.client import Block
-from embeddings.dedupe import transpose
+from embeddings.dedupe import sums_by_pair
 from embeddings.jagged import Jagged
 
 
@@ -30,14 +30,20 @@ def pool(block: Block, poolings: Mapping[str, Pooling]) -> Tensor:
     """Each feature's vector, zeros for an empty list: [F, B, D], F the block's features in their order."""
     hows = [poolings[feature] for feature in block.features]
     bags = _last(block.ids, hows) if any(how.last is not None for how in hows) else block.ids
-    lengths_FB = bags.lengths_B.view(len(hows), -1)
+    pooled_GD: Tensor = _Bags.apply(block.rows_UD, bags, _scale(hows, bags.lengths_B.view(len(hows), -1)))
+    return pooled_GD.view(len(hows), -1, block.rows_UD.shape[1])
+
+
+def _scale(hows: Sequence[Pooling], lengths_FB: Tensor) -> Tensor | None:
+    """By what each bag's sum is multiplied: [G, 1]; None when all keep theirs."""
+    if not any(how.mean or how.keep_B is not None for how in hows):
+        return None
     is_mean_F1 = torch.tensor([[how.mean] for how in hows], device=lengths_FB.device)
     scale_FB = torch.where(is_mean_F1, 1.0 / lengths_FB.clamp(min=1), 1.0)
     for scale_B, how in zip(scale_FB, hows, strict=True):
         if how.keep_B is not None:
             scale_B *= how.keep_B
-    pooled_GD: Tensor = _Bags.apply(block.rows_UD, bags, scale_FB.view(-1, 1))
-    return pooled_GD.view(*lengths_FB.shape, block.rows_UD.shape[1])
+    return scale_FB.view(-1, 1)
 
 
 def _last(ids: Jagged, hows: Sequence[Pooling]) -> Jagged:
@@ -91,4 +97,4 @@ class _Bags(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None, None]:
         scaled_GD = grad_GD.contiguous() if ctx.scale_G1 is None else grad_GD * ctx.scale_G1
-        return transpose(ctx.bags, ctx.num_rows).sums(scaled_GD), None, None
+        return sums_by_pair(ctx.bags, scaled_GD, ctx.num_rows), None, None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embeddings.buckets import keys_of, owner_of
-from embeddings.dedupe import Bytes, Distinct, Int64s, distinct, transpose
+from embeddings.dedupe import Bytes, Distinct, Int64s, distinct, sums_by_pair, transpose
 from embeddings.jagged import Jagged
 
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63)]
@@ -148,3 +148,21 @@ def test_transposing_twice_gives_each_bag_its_pairs_back_sorted() -> None:
 
 def test_no_pairs_at_all_have_no_bags() -> None:
     assert lists_of(transpose(random_bags([0, 0, 0], 1), 0)) == []
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [3], [2, 0, 5, 0, 0, 1, 40]])
+@pytest.mark.parametrize("num_pairs", [4, 1_000])
+def test_sums_by_pair_equal_a_loop_and_the_turned_lists_own_sums(lengths: list[int], num_pairs: int) -> None:
+    bags, value = random_bags(lengths, num_pairs), torch.randint(-9, 9, (len(lengths), 3)).float()  # sums are exact
+    expected = torch.zeros(num_pairs, 3)
+    for bag, pairs in enumerate(lists_of(bags)):
+        for u in pairs:
+            expected[u] += value[bag]
+    assert torch.equal(sums_by_pair(bags, value, num_pairs), expected)
+    assert torch.equal(transpose(bags, num_pairs).sums(value), expected)
+
+
+def test_sums_by_pair_take_values_of_any_memory_layout() -> None:
+    bags, value = random_bags([2, 0, 5], 4), torch.arange(6.0).view(2, 3).T
+    for given in (value, value[:, :1].expand(3, 2), torch.ones(1, 1).expand(3, 2)):
+        assert torch.equal(sums_by_pair(bags, given, 4), sums_by_pair(bags, given.contiguous(), 4))

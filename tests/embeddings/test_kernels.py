@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embeddings.kernels import FbgemmRows, RowKernel, TorchRows, to_float16
+from embeddings.optim import OPTIMIZERS, RowwiseAdagrad
 
 NUM_ROWS = 150  # several of the blocks in which rows are read
 FLOAT16_MAX = 65504.0
@@ -241,3 +242,33 @@ def test_what_is_beyond_float16_becomes_its_largest_number() -> None:
         given = torch.full(beyond.shape, chance)
         assert (to_float16(beyond, given) == FLOAT16_MAX).all()
         assert (to_float16(-beyond, given) == -FLOAT16_MAX).all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_in_one_pass_equals_the_optimizers_step_subtracted_or_does_nothing(
+    kernel: RowKernel, dim: int, name: str
+) -> None:
+    optimizer, device = OPTIMIZERS[name](lr=0.5), kernel.weight_RD.device
+    shapes = {state: (NUM_ROWS, dim) if each else (NUM_ROWS,) for state, each in optimizer.states.items()}
+    states = {state: torch.rand(*shape).to(device) for state, shape in shapes.items()}
+    rows, grad = some_rows(kernel, 100, seed=11), normal(100, dim, seed=12).to(device)
+    weight, before = kernel.weight_RD.clone(), {state: values.clone() for state, values in states.items()}
+    if kernel.update(optimizer, rows, grad, states):
+        step, stepped = optimizer.step(grad, {state: values[rows] for state, values in before.items()}, weight[rows])
+        weight[rows] -= step
+        for state, values in stepped.items():
+            before[state][rows] = values
+    rest = torch.ones(NUM_ROWS, dtype=torch.bool).index_fill_(0, rows.cpu(), False).to(device)
+    assert torch.equal(kernel.weight_RD[rest], weight[rest])
+    assert torch.allclose(kernel.weight_RD, weight, rtol=1e-6, atol=1e-6)
+    for state, values in states.items():
+        assert torch.equal(values[rest], before[state][rest]) and torch.allclose(values, before[state], rtol=1e-6)
+
+
+def test_fbgemm_on_cpu_updates_float32_rows_by_rowwise_adagrad_in_one_pass() -> None:
+    kernel, sums = FbgemmRows(3, 4, torch.float32, torch.device("cpu")), torch.tensor([0.0, 9.0, 0.0])
+    grad = torch.tensor([[1.0, 7.0, 0.0, 0.0], [float("nan"), 0.0, 0.0, 0.0]])
+    assert kernel.update(RowwiseAdagrad(lr=5.0, eps=0.0), torch.tensor([1, 2]), grad, {"adagrad_sum": sums})
+    root = (9.0 + (1 + 49) / 4) ** 0.5  # closed form
+    assert torch.allclose(kernel.weight_RD[1], torch.tensor([-5 / root, -35 / root, 0.0, 0.0])) and sums[1] == 21.5
+    assert not kernel.weight_RD[0].any() and sums[0] == 0 and kernel.weight_RD[2].isnan().all()
