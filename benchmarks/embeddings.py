@@ -177,7 +177,7 @@ class Filled:
     """A store of one table with so many rows, ids 0 .. rows - 1."""
 
     def __init__(self, rows: int, dim: int):
-        self.shard = Shard({"item": TableConfig(dim, rows)}, RowwiseAdagrad())
+        self.shard = Shard({"item": TableConfig(dim, rows, init_scale=0.1)}, RowwiseAdagrad())
         self.shard.begin_day(1)
         self.store = ShardedEmbeddings(self.shard, {"item": "item"})
         for first in range(0, rows, 1 << 20):
@@ -239,7 +239,7 @@ def growth(rows: int, dim: int, folder: str) -> dict[str, float]:
     parts, held, saved, size = _saved(filled.shard, folder, base=True)
     del filled
     gc.collect()
-    fresh = Shard({"item": TableConfig(dim, rows)}, RowwiseAdagrad())
+    fresh = Shard({"item": TableConfig(dim, rows, init_scale=0.1)}, RowwiseAdagrad())
     begin = time.perf_counter()
     load(fresh, pyarrow.fs.LocalFileSystem(), [Layer(folder, parts)])
     loaded = time.perf_counter() - begin

@@ -30,6 +30,7 @@ class Waiting:
         rows_U[new] = self.ids.insert(key_U[new], table_U[new])
         self.ids.count_R[rows_U] += count_U.astype(np.int32)
         self.ids.seen_R[rows_U] = period
+        self.ids.change(rows_U)
         return self.ids.count_R[rows_U].astype(np.int64)
 
     def remove(self, key_U: Int64s, table_U: Bytes) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embeddings.dedupe import Int64s
-from embeddings.idmap import FREE
 from embeddings.pool import Columns, RowPool
 
 _SCAN = 1 << 22
@@ -22,14 +21,15 @@ _OUT, _IN, _LISTED = 0, 1, 2  # not in the frozen rows, or copied; to be listed 
 
 
 class FrozenRows:
-    """A pool's rows, or only those seen in period `since` or later. Read them out once, in any thread."""
+    """A pool's rows, or only those that are marked as changed. Read them out once, in any thread."""
 
-    def __init__(self, pool: RowPool, since: int = 0):
+    def __init__(self, pool: RowPool, *, changed: bool = False):
         self._pool, self._lock = pool, threading.Lock()
-        frozen = pool.ids.table_R != FREE
-        if since:
-            frozen &= pool.ids.seen_R >= since
-        self._mark_R = frozen.astype(np.uint8)
+        if changed:
+            self._mark_R = np.zeros(pool.ids.capacity_rows, np.uint8)
+            self._mark_R[pool.ids.changed_rows()] = _IN
+        else:
+            self._mark_R = pool.ids.taken()
         self._kept: list[Columns] = []
 
     def before_change(self, rows: Int64s) -> None:

@@ -23,15 +23,17 @@ class IdMap:
     """Gives rows 0 .. capacity_rows - 1 to (table, key) pairs; doubles by itself.
 
     known_R: a record a row: its key and table (FREE when nobody has it); count: sightings in all; seen: the period in
-    which it was last seen, whatever a period is to the caller; tally: num_tallies running sums.
+    which it was last seen, whatever a period is to the caller; tally: num_tallies running sums. changed: a bit a row,
+    set by those who change what is known of it.
     """
 
     def __init__(self, capacity_rows: int, num_tallies: int = 0):
         record = [("key", "i8"), ("count", "i4"), ("tally", "f4", (num_tallies,)), ("seen", "i2"), ("table", "u1")]
         self.known_R = np.zeros(0, record)
+        self.changed = np.zeros(0, np.uint8)
         self._freed = np.zeros(0, np.int32)
         self.num_rows_T = np.zeros(MAX_TABLES, np.int64)
-        self._next_row = 0
+        self._first_row = self._next_row = 0
         self._resize(max(capacity_rows, 1))
 
     @property
@@ -60,7 +62,7 @@ class IdMap:
 
     @property
     def memory_bytes(self) -> int:
-        return self.known_R.nbytes + self._freed.nbytes + self._slots.nbytes
+        return self.known_R.nbytes + self.changed.nbytes + self._freed.nbytes + self._slots.nbytes
 
     @property
     def num_rows(self) -> int:
@@ -96,10 +98,29 @@ class IdMap:
         """All rows of a table, rising."""
         return np.flatnonzero(self.table_R[: self._next_row] == table)
 
+    def taken(self) -> Bytes:
+        """For each row 1 when somebody has it, else 0."""
+        taken_R = np.zeros(self.capacity_rows, np.uint8)
+        taken_R[self._first_row : self._next_row] = 1
+        taken_R[self._freed] = 0
+        return taken_R
+
+    def change(self, rows: Int64s) -> None:
+        """Mark rows as changed."""
+        np.bitwise_or.at(self.changed, rows >> 3, (1 << (rows & 7)).astype(np.uint8))
+
+    def changed_rows(self) -> Int64s:
+        """The rows that somebody has and that are marked as changed, rising."""
+        places = np.flatnonzero(self.changed != 0)
+        place, bit = np.nonzero(np.unpackbits(self.changed[places], bitorder="little").reshape(-1, 8))
+        rows = places[place] * 8 + bit
+        return rows[self.table_R[rows] != FREE]
+
     def skip(self, rows: int) -> None:
-        """Set the next rows aside: they belong to no key."""
-        self.reserve(self._next_row + rows)
-        self._next_row += rows
+        """Set the first rows aside: they belong to no key."""
+        assert self._next_row == 0, "rows were given out before"
+        self.reserve(rows)
+        self._first_row = self._next_row = rows
 
     def reserve(self, capacity_rows: int) -> None:
         """Make room for so many rows in all; at least doubles when there is too little."""
@@ -111,6 +132,7 @@ class IdMap:
         more = capacity_rows - self.capacity_rows
         self.known_R = np.concatenate([self.known_R, np.zeros(more, self.known_R.dtype)])
         self.table_R[capacity_rows - more :] = FREE
+        self.changed = np.concatenate([self.changed, np.zeros(-(-capacity_rows // 8) - self.changed.size, np.uint8)])
         self._row_bits = max((capacity_rows - 1).bit_length(), 1)
         self._slots = np.full(int(capacity_rows / _MAX_LOAD) + 2, _EMPTY, np.int32)
         taken = np.flatnonzero(self.table_R[: self._next_row] != FREE)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embeddings.admission import CountSketch, Waiting
-from embeddings.buckets import buckets_of, hash64
+from embeddings.buckets import buckets_of, hash64, keys_of
 from embeddings.dedupe import Bytes, Int64s
 from embeddings.exchange import Exchange, LocalExchange, smallest
 from embeddings.idmap import MAX_TABLES
@@ -260,18 +260,20 @@ class Shard:
         if not any(config.init_scale for config in configs.values()):
             return None
         dim = next(iter(configs.values())).dim
-        weight_UD = torch.zeros(key_U.size, dim)
+        weight_UD = np.zeros((key_U.size, dim), np.float32)
         for t, config in configs.items():
-            places = torch.from_numpy(np.flatnonzero(table_U == t))
-            columns_D = hash64(torch.arange(dim) + self._seeds[self.names[t]])
-            uniform_UD = (hash64(torch.from_numpy(key_U)[places].unsqueeze(1) ^ columns_D) >> 11) / 2.0**52
-            weight_UD[places] = (uniform_UD * config.init_scale).float()
-        return weight_UD
+            of_table = table_U == t
+            column_D = hash64(torch.arange(dim) + self._seeds[self.names[t]]).numpy()
+            bits_N = keys_of((key_U[of_table, None] ^ column_D).ravel()) >> 11
+            weight_UD[of_table] = (bits_N * (config.init_scale / 2.0**52)).reshape(-1, dim)
+        return torch.from_numpy(weight_UD)
 
     def saved(self) -> None:
-        """From here on rows count as changed since the snapshot, which was just taken or loaded."""
-        self.periods.saved()
-        self.ledger.begin(self.periods)
+        """From here on rows count as changed since the snapshot, which was just taken."""
+        for ids in (self.waiting.ids, *(pool.ids for pool in self.pools)):
+            ids.changed.fill(0)
+        for keys in (*self.evicted.values(), *self.admitted.values()):
+            keys.clear()
 
     def export(self, table: str) -> Columns:
         """All that is known of a table's rows here, sorted by key: RowPool.known, and the day each was last seen."""

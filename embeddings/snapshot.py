@@ -58,12 +58,9 @@ class Snapshot:
     """
 
     def __init__(self, shard: Shard, *, base: bool):
-        since = 0 if base else shard.periods.first_unsaved
         self._shard = shard
-        self._frozen = [FrozenRows(pool, since) for pool in shard.pools]
-        self._small = [part for name in shard.names for part in _small_parts(shard, name, since, base)]
-        for keys in (*shard.evicted.values(), *shard.admitted.values()):
-            keys.clear()
+        self._frozen = [FrozenRows(pool, changed=not base) for pool in shard.pools]
+        self._small = [part for name in shard.names for part in _small_parts(shard, name, base)]
         shard.before_change = self._before_change
         shard.saved()
 
@@ -85,11 +82,11 @@ class Snapshot:
         return written
 
 
-def _small_parts(shard: Shard, table: str, since: int, base: bool) -> Iterator[tuple[str, str, Columns]]:
+def _small_parts(shard: Shard, table: str, base: bool) -> Iterator[tuple[str, str, Columns]]:
     """What a snapshot copies at once: who waits, tombstones, the sketch, the default row."""
     t, waiting, pool = shard.number[table], shard.waiting.ids, shard.pool_of(table)
-    rows = waiting.rows(t)
-    rows = rows[waiting.seen_R[rows] >= since]
+    rows = waiting.rows(t) if base else waiting.changed_rows()
+    rows = rows[waiting.table_R[rows] == t]
     days = np.array(shard.periods.days)[waiting.seen_R[rows]]
     yield table, "waiting", _ids(waiting.key_R[rows]) | {"count": waiting.count_R[rows], "last_seen_day": _date(days)}
     if not base:
@@ -217,7 +214,6 @@ def load(shard: Shard, filesystem: pyarrow.fs.FileSystem, layers: Sequence[Layer
                 sketch.day = int(_days(columns["day"])[0])
         for columns in _newest(filesystem, layers, table, "default", range(NUM_BUCKETS)):
             shard.put_default(table, columns)
-    shard.saved()
 
 
 def compact(

@@ -3,7 +3,7 @@
 A tally adds up events on an id's sightings, each event with a weight, and halves every half_life_days. `value`, by
 which rows are evicted, is one; statistics that a model reads are others. A row's tallies are kept as of the day it was
 last seen; reading them decays them to today. Days are numbers; what a row stores is a period, a small number that
-stands for a day and for being before or after the last snapshot.
+stands for a day.
 
 Shape letters: U rows of a batch, R rows, P periods, T tables, S tallies, C their columns, E kinds of events.
 """
@@ -37,11 +37,10 @@ class Tally:
 
 
 class Periods:
-    """The days so far, by period. A snapshot begins a new period of the same day."""
+    """The days so far, by period."""
 
     def __init__(self) -> None:
         self.days: list[int] = [0]
-        self.first_unsaved = 0
 
     @property
     def now(self) -> int:
@@ -54,11 +53,6 @@ class Periods:
     def begin(self, day: int) -> None:
         assert len(self.days) < 2**15 - 1, "more periods than a row can tell apart: start anew from a checkpoint"
         self.days.append(day)
-
-    def saved(self) -> None:
-        """From here on rows count as changed since the snapshot."""
-        self.begin(self.today)
-        self.first_unsaved = self.now
 
     def past(self, day_U: Int64s) -> Int64s:
         """Periods for the days of rows that come from a snapshot. A day has one, however many pieces name it."""
@@ -119,9 +113,11 @@ class Ledger:
         return tally_US
 
     def add(self, ids: IdMap, rows_U: Int64s, event_UE: Int64s, period: int) -> None:
-        """Enter what happened to distinct rows; -1 is passed over. The first event is sightings."""
-        decays = (self._age_P, self._decay_PTS)
-        _add(rows_U, event_UE, period, ids.known_R, *decays, self._weight_TSE, self._column_TS2)
+        """Enter what happened to distinct rows, which count as changed; -1 is passed over. The first event is
+        sightings.
+        """
+        of_rows, decays = (ids.known_R, ids.changed), (self._age_P, self._decay_PTS)
+        _add(rows_U, event_UE, period, *of_rows, *decays, self._weight_TSE, self._column_TS2)
 
 
 @njit(nogil=True, cache=True)
@@ -160,11 +156,12 @@ def _read(rows_U, known_R, age_P, decay_PTS, column_TS2, by_day_TS):  # type: ig
 
 
 @njit(nogil=True, cache=True)
-def _add(rows_U, event_UE, period, known_R, age_P, decay_PTS, weight_TSE, column_TS2):  # type: ignore[no-untyped-def]
+def _add(rows_U, event_UE, period, known_R, changed, age_P, decay_PTS, weight_TSE, column_TS2):  # type: ignore[no-untyped-def]
     for u in range(rows_U.size):
         if rows_U[u] < 0:
             continue
         row = known_R[rows_U[u]]
+        changed[rows_U[u] >> 3] |= np.uint8(1 << (rows_U[u] & 7))
         row.count = min(row.count + event_UE[u, 0], _MOST)
         for s in range(decay_PTS.shape[2]):
             column, today = column_TS2[row.table, s]

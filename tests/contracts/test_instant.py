@@ -66,10 +66,9 @@ def test_rows_are_read_as_they_were_whatever_happens_between_two_pieces(
         if number == 3 and only_new:
             shard.saved()
         happen(store, event)
-    since = shard.periods.first_unsaved
-    frozen = FrozenRows(pool, since)
+    frozen = FrozenRows(pool, changed=only_new)
     shard.before_change = lambda pool, rows: frozen.before_change(rows)
-    truth = [pool.known(rows) for rows in (sorted_rows(shard, name, since) for name in TABLES)]
+    truth = [pool.known(rows) for rows in (sorted_rows(shard, name, only_new) for name in TABLES)]
     shard.saved()
 
     pieces, found = frozen.chunks(most_rows), []
@@ -98,9 +97,9 @@ def happen(store: ShardedEmbeddings, event: Any) -> None:
         store.shard.begin_day(store.shard.periods.today + 1)
 
 
-def sorted_rows(shard: Shard, table: str, since: int) -> np.ndarray:
-    columns = shard.export(table)
-    return columns["row"][columns["seen"] >= since]
+def sorted_rows(shard: Shard, table: str, only_new: bool) -> np.ndarray:
+    rows: np.ndarray = shard.export(table)["row"]
+    return rows[np.isin(rows, shard.pool_of(table).ids.changed_rows())] if only_new else rows
 
 
 class Busy:

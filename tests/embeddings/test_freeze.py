@@ -34,16 +34,15 @@ def by_owner(chunks: Iterable[Columns]) -> Known:
     return found
 
 
-def everything(pool: RowPool, since: int = 0) -> Known:
-    rows = np.concatenate([pool.ids.rows(table) for table in TABLES])
-    return by_owner([pool.known(rows[pool.ids.seen_R[rows] >= since])])
+def everything(pool: RowPool) -> Known:
+    return by_owner([pool.known(np.concatenate([pool.ids.rows(table) for table in TABLES]))])
 
 
 class Life:
     """A pool that is trained on: whoever changes rows tells the frozen ones first."""
 
     def __init__(self, seed: int, kernel: MakeKernel = TorchRows):
-        self.draw, self.next_key, self.now = random.Random(seed), 0, 1
+        self.draw, self.next_key = random.Random(seed), 0
         self.pool = RowPool(Layout(DIM, "float32", 2), TABLES, 10, Adam(0.1), torch.device("cpu"), kernel)
         self.tell: Callable[[Int64s], None] = lambda rows: None
 
@@ -72,7 +71,7 @@ class Life:
     def _see(self, rows: Int64s) -> None:
         ids = self.pool.ids
         ids.count_R[rows] += 1
-        ids.seen_R[rows] = self.now
+        ids.seen_R[rows] = 1
         ids.tally_RC[rows] += 0.5
 
     def _some(self, count: int) -> Int64s:
@@ -119,23 +118,22 @@ def test_of_rows_all_columns_are_read_that_a_pool_knows() -> None:
     assert list(columns) == list(known) and all(np.array_equal(columns[name], known[name]) for name in known)
 
 
-def test_since_a_period_only_rows_seen_in_it_or_later_are_frozen() -> None:
+def test_only_rows_that_are_marked_as_changed_are_frozen_when_asked_for() -> None:
     life = living(2)
-    life.now = 4
-    life.update(10)
-    life.now = 7
-    life.update(10)
-    for since in (0, 1, 4, 5, 7, 8):
-        expected = everything(life.pool, since)
-        frozen, life.tell = FrozenRows(life.pool, since), lambda rows: None
+    for marked in (range(0), range(0, 60, 3), range(60)):
+        life.pool.ids.changed.fill(0)
+        owners = set(everything(life.pool))
+        rows = np.concatenate([life.pool.ids.rows(table) for table in TABLES])
+        changed = rows[np.isin(rows, np.array(marked))]
+        life.pool.ids.change(changed)
+        expected = by_owner([life.pool.known(changed)])
+        frozen = FrozenRows(life.pool, changed=True)
         life.tell = frozen.before_change
-        life.now = 9
-        before = everything(life.pool)
         life.update(5)
         life.evict(2)
         assert by_owner(columns for _, columns in frozen.chunks(3)) == expected
-        assert len(expected) < len(before) or since <= 1
-        life.now = 7
+        assert set(expected) < owners
+        life.tell = lambda rows: None
 
 
 @pytest.mark.parametrize("seed", range(6))

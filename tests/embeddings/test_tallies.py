@@ -73,15 +73,12 @@ def test_random_days_of_events_equal_the_closed_form() -> None:
     happened: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
     for day in (100, 101, 103, 110, 150):
         begin(ledger, periods, day)
-        for part in range(3):
+        for _ in range(3):
             batch = rows[draw.sample(range(210), 140)]
             events = np.array([[draw.randrange(4) for _ in EVENTS] for _ in batch])
             ledger.add(ids, batch, events, periods.now)
             for row, of_row in zip(batch.tolist(), events.tolist(), strict=True):
                 happened[row].append((day, of_row))
-            if part == 1:  # a snapshot in the middle of the day
-                periods.saved()
-                ledger.begin(periods)
         for began in (False, True):
             read = ledger.read(ids, rows, as_today_began=began)
             assert read.shape == (210, 3)
@@ -154,16 +151,10 @@ def test_sightings_past_int32_stay_at_its_largest_number() -> None:
     assert ids.count_R[rows].tolist() == [2**31 - 1, 12]
 
 
-def test_what_happens_after_a_snapshot_of_the_same_day_decays_like_what_was_before() -> None:
-    ledger, periods, (ids, rows) = Ledger([[Tally("x", {"e": 1.0}, 1.0)]], ["e"]), Periods(), map_of(2, 0, 1)
-    begin(ledger, periods, 50)
-    ledger.add(ids, rows[:1], np.array([[8]]), periods.now)
-    periods.saved()
-    ledger.begin(periods)
-    ledger.add(ids, rows, np.array([[8], [8]]), periods.now)
-    assert ledger.read(ids, rows)[:, 0].tolist() == [16, 8]
-    begin(ledger, periods, 52)
-    assert ledger.read(ids, rows)[:, 0].tolist() == [4, 2]
+def test_what_is_entered_marks_its_rows_as_changed_and_no_others() -> None:
+    ledger, periods, (ids, rows) = Ledger([[VALUE]], [SIGHTINGS]), Periods(), map_of(40, 0, 1)
+    ledger.add(ids, np.array([3, -1, 39, 8]), np.ones((4, 1), np.int64), periods.now)
+    assert ids.changed_rows().tolist() == [3, 8, 39] and rows.size == 40
 
 
 # What happened
@@ -204,30 +195,18 @@ def test_add_rows_equals_numpys_unbuffered_addition() -> None:
 
 def test_periods_know_today_and_the_age_of_each() -> None:
     periods = Periods()
-    assert (periods.now, periods.today, periods.first_unsaved) == (0, 0, 0)
+    assert (periods.now, periods.today) == (0, 0)
     for day in (700, 701, 705):
         periods.begin(day)
     assert (periods.now, periods.today) == (3, 705) and periods.ages().tolist() == [705, 5, 4, 0]
 
 
-def test_a_snapshot_begins_a_period_of_the_same_day_that_counts_as_changed() -> None:
-    periods = Periods()
-    periods.begin(700)
-    before = periods.now
-    periods.saved()
-    assert periods.today == 700 and before < periods.first_unsaved == periods.now
-    periods.begin(701)
-    assert before < periods.first_unsaved < periods.now and periods.ages().tolist()[1:] == [1, 1, 0]
-
-
-def test_days_of_rows_from_a_snapshot_get_periods_that_count_as_saved() -> None:
+def test_days_of_rows_from_a_snapshot_get_periods_of_their_age() -> None:
     periods = Periods()
     of_rows = [periods.past(np.array(days)) for days in ([703, 701, 703, 700], [701], [])]
-    periods.saved()
     periods.begin(710)
     days = np.array(periods.days)
     assert [days[rows].tolist() for rows in of_rows] == [[703, 701, 703, 700], [701], []]
-    assert all((rows < periods.first_unsaved).all() for rows in of_rows)
     assert periods.today == 710 and periods.ages()[of_rows[0]].tolist() == [7, 9, 7, 10]
 
 
