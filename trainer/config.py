@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
+from embeddings.idmap import MAX_TABLES
 from embeddings.table import TableConfig
 from embeddings.tallies import IMPRESSIONS, SIGHTINGS
 from trainer.errors import UserError
@@ -508,6 +509,7 @@ def _check_numbers(config: Config, where: str) -> None:
         **{f"train.rows.{n}": (rows[n] or 0.0, 0, 0.999999) for n in ("beta1", "beta2")},
         **{f"tables.{n}.{key}": bound for n, t in config.tables.items() for key, bound in _table_bounds(t).items()},
         "train.dense.lr": (config.train.dense.lr, 0, 10**6),
+        "number of tables": (len(config.tables), 0, MAX_TABLES),
     }
     for n, table in config.tables.items():
         if table.dim % 4:

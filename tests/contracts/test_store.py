@@ -48,8 +48,8 @@ def for_all(hold: Callable[[Example], Any], number: int, salt: int, **drawn: Any
     ("play", "number"),
     [
         pytest.param(on_threads(TorchRows), 60, id="torch-few"),
-        pytest.param(on_threads(TorchRows), 740, id="torch", marks=slow),
-        pytest.param(on_threads(FbgemmRows), 200, id="fbgemm_cpu", marks=slow),
+        pytest.param(on_threads(TorchRows), 340, id="torch", marks=slow),
+        pytest.param(on_threads(FbgemmRows), 160, id="fbgemm_cpu", marks=slow),
         pytest.param(on_threads(FbgemmRows, "cuda"), 200, id="fbgemm_cuda", marks=[slow, gpu, no_cuda]),
     ],
 )
@@ -61,8 +61,8 @@ def test_any_number_of_workers_leave_what_plain_dicts_hold(play: Play, number: i
 @pytest.mark.parametrize(
     ("play", "number"),
     [
-        pytest.param(alone(TorchRows), 600, id="torch"),
-        pytest.param(alone(FbgemmRows), 400, id="fbgemm_cpu"),
+        pytest.param(alone(TorchRows), 800, id="torch"),
+        pytest.param(alone(FbgemmRows), 600, id="fbgemm_cpu"),
         pytest.param(alone(FbgemmRows, "cuda"), 400, id="fbgemm_cuda", marks=[gpu, no_cuda]),
     ],
 )

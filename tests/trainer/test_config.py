@@ -444,6 +444,12 @@ def test_names_that_become_folders_or_addresses_hold_nothing_that_cuts_them(path
     assert "not a name" in text and "expected letters, digits, _, - and points" in text
 
 
+def test_more_tables_than_a_store_can_tell_apart_are_refused(path: Path) -> None:
+    assert len(load(str(path), [f"tables.t{i}={{}}" for i in range(250)]).tables) <= 255
+    text = refusal(path, *[f"tables.t{i}={{}}" for i in range(300)])
+    assert f"{path}: number of tables: out of bounds" in text and "expected 0 .. 255" in text
+
+
 # A row optimizer's settings are its own: they are checked where it is made.
 
 
