@@ -161,20 +161,28 @@ def _add(rows_U, event_UE, period, known_R, changed, age_P, decay_PTS, weight_TS
         if rows_U[u] < 0:
             continue
         row = known_R[rows_U[u]]
+        table, seen = row.table, row.seen
         changed[rows_U[u] >> 3] |= np.uint8(1 << (rows_U[u] & 7))
         row.count = min(row.count + event_UE[u, 0], _MOST)
-        for s in range(decay_PTS.shape[2]):
-            column, today = column_TS2[row.table, s]
+        left = 1.0 if seen == period else decay_PTS[seen, table, 0]
+        row.tally[0] = row.tally[0] * left + _worth(event_UE, u, weight_TSE, table, 0)
+        for s in range(1, decay_PTS.shape[2]):
+            column, today = column_TS2[table, s, 0], column_TS2[table, s, 1]
             if column < 0:
                 continue
-            more = 0.0
-            for e in range(event_UE.shape[1]):
-                more += event_UE[u, e] * weight_TSE[row.table, s, e]
-            if today < 0:
-                row.tally[column] = row.tally[column] * decay_PTS[row.seen, row.table, s] + more
-            elif age_P[row.seen] == 0:
-                row.tally[today] += more
+            if age_P[seen] == 0:
+                row.tally[today] += _worth(event_UE, u, weight_TSE, table, s)
             else:
                 total = np.float64(row.tally[column]) + row.tally[today]
-                row.tally[column], row.tally[today] = total * decay_PTS[row.seen, row.table, s], more
+                row.tally[column] = total * decay_PTS[seen, table, s]
+                row.tally[today] = _worth(event_UE, u, weight_TSE, table, s)
         row.seen = period
+
+
+@njit(nogil=True, cache=True)
+def _worth(event_UE, u, weight_TSE, t, s):  # type: ignore[no-untyped-def]
+    """What the events of a row are worth to a tally. (Plain indices: a view of an array costs more than the sum.)"""
+    worth = 0.0
+    for e in range(event_UE.shape[1]):
+        worth += event_UE[u, e] * weight_TSE[t, s, e]
+    return worth

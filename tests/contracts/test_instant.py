@@ -4,6 +4,7 @@ Step by step with every interleaving that hypothesis finds, and in a real thread
 """
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,15 +117,25 @@ class Busy:
         self.newest, self.steps = self.newest + 50, self.steps + 1
 
 
-def while_written(snapshot: Snapshot, folder: Path, busy: Busy) -> list[Part]:
-    """Write in a thread; here, ids come and go as long as it takes."""
+def while_written(snapshot: Snapshot, folder: Path, busy: Busy, monkeypatch: pytest.MonkeyPatch) -> list[Part]:
+    """Write in a thread, whose every piece waits for a step; here, ids come and go as long as it takes."""
     parts: list[Part] = []
+    add = embeddings.snapshot._Parts.add
+
+    def add_after_a_step(*arguments: Any) -> None:
+        steps = busy.steps
+        while busy.steps == steps:
+            time.sleep(0.0001)
+        add(*arguments)
+
+    monkeypatch.setattr(embeddings.snapshot._Parts, "add", add_after_a_step)
     thread = threading.Thread(target=lambda: parts.extend(snapshot.write(LOCAL, str(folder))))
     thread.start()
     steps = busy.steps
     while thread.is_alive():
         busy.step()
     thread.join()
+    monkeypatch.setattr(embeddings.snapshot._Parts, "add", add)
     assert busy.steps - steps >= 3, "nothing happened while the snapshot was written: it proves nothing"
     return parts
 
@@ -143,7 +154,9 @@ def test_a_snapshot_written_while_ids_come_learn_and_go_is_of_the_instant_it_was
     for number in range(3):
         truth = {name: store.shard.export(name) for name in TABLES}
         snapshot = Snapshot(store.shard, base=number == 0)
-        layers.append(Layer(str(tmp_path / str(number)), while_written(snapshot, tmp_path / str(number), busy)))
+        layers.append(
+            Layer(str(tmp_path / str(number)), while_written(snapshot, tmp_path / str(number), busy, monkeypatch))
+        )
         loaded = new_store().shard
         load(loaded, LOCAL, layers)
         for name in TABLES:
