@@ -27,13 +27,13 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not slow and not ray"
 
-# Ours and its peers: the embedding store, then real data (DATA=folder with day=.../), which rewrites docs/results.md.
+# Ours and its peers: real data (DATA=folder with day=.../), which rewrites docs/results.md; then the embedding store.
 bench: $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps -r benchmarks/torchrec.txt
-	$(BIN)/python -m benchmarks.embeddings
 	$(BIN)/pip install --quiet lightgbm
 	$(BIN)/python -m benchmarks.globo_peers --data $(DATA) --json $(VENV)/peers.json
 	$(BIN)/python -m benchmarks.globo --data $(DATA) --peers $(VENV)/peers.json
+	$(BIN)/pip install --quiet --no-deps -r benchmarks/torchrec.txt
+	$(BIN)/python -m benchmarks.embeddings
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -157,15 +157,12 @@ class ShardedEmbeddings:
         route = _Route(sent_W, received_W, rows_O, table_O, owned_of_V)
         to_read_O = np.where(rows_O < 0, pool.default_rows(table_O), rows_O) if (rows_O < 0).any() else rows_O
         to_read_V = to_read_O if owned_of_V is None else to_read_O[owned_of_V]
-        rows_UD = self._back(pool.lookup(to_read_V).to(self._payload), route).float()
+        back = (received_W, sent_W)
+        rows_UD = self.exchange.all_to_all(pool.lookup(to_read_V).to(self._payload), *back).float()
         if statistics_OS.shape[1] == 0:
             return rows_UD, rows_UD.new_zeros(batch.key_U.size, 0), route
         statistics_VS = statistics_OS if owned_of_V is None else statistics_OS[owned_of_V]
-        return rows_UD, self._back(torch.from_numpy(statistics_VS).to(shard.device), route), route
-
-    def _back(self, for_V: Tensor, route: _Route) -> Tensor:
-        """From the owner to those who asked."""
-        return self.exchange.all_to_all(for_V, route.received_W, route.sent_W)
+        return rows_UD, self.exchange.all_to_all(torch.from_numpy(statistics_VS).to(shard.device), *back), route
 
     def push(self, blocks: list[Block]) -> None:
         """Send the rows' gradients to their owners, which make one optimizer step a row (collective)."""
@@ -174,7 +171,7 @@ class ShardedEmbeddings:
             trained = self._trained_defaults[self.shard.pools.index(pool)]
             grad_UD = torch.zeros_like(block.rows_UD) if block.rows_UD.grad is None else block.rows_UD.grad
             grad_VD = self.exchange.all_to_all(grad_UD.to(self._payload), route.sent_W, route.received_W).float()
-            summed_OD = grad_VD if route.owned_of_V is None else self._sums(grad_VD, route)
+            summed_OD = self._summed(grad_VD, route)
             if trained.size:
                 self._train_defaults(pool, trained, route, summed_OD)
             has_row = route.rows_O >= 0
@@ -183,9 +180,10 @@ class ShardedEmbeddings:
             else:
                 pool.update(route.rows_O[has_row], summed_OD[torch.from_numpy(has_row)])
 
-    def _sums(self, grad_VD: Tensor, route: _Route) -> Tensor:
-        """What several workers sent for one row, summed."""
-        assert route.owned_of_V is not None
+    def _summed(self, grad_VD: Tensor, route: _Route) -> Tensor:
+        """What several workers sent for one row, summed: [O, D]."""
+        if route.owned_of_V is None:
+            return grad_VD
         one_each = Jagged(torch.from_numpy(route.owned_of_V), torch.arange(route.owned_of_V.size + 1))
         return sums_by_pair(one_each.to(grad_VD.device), grad_VD, route.rows_O.size)
 

@@ -60,7 +60,9 @@ class Snapshot:
     def __init__(self, shard: Shard, *, base: bool):
         self._shard = shard
         self._frozen = [FrozenRows(pool, changed=not base) for pool in shard.pools]
-        self._small = [part for name in shard.names for part in _small_parts(shard, name, base)]
+        waiting = shard.waiting.ids
+        waiting_rows = np.flatnonzero(waiting.taken()) if base else waiting.changed_rows()
+        self._small = [part for name in shard.names for part in _small_parts(shard, name, base, waiting_rows)]
         shard.before_change = self._before_change
         shard.saved()
 
@@ -82,11 +84,10 @@ class Snapshot:
         return written
 
 
-def _small_parts(shard: Shard, table: str, base: bool) -> Iterator[tuple[str, str, Columns]]:
+def _small_parts(shard: Shard, table: str, base: bool, waiting_rows: Int64s) -> Iterator[tuple[str, str, Columns]]:
     """What a snapshot copies at once: who waits, tombstones, the sketch, the default row."""
     t, waiting, pool = shard.number[table], shard.waiting.ids, shard.pool_of(table)
-    rows = waiting.rows(t) if base else waiting.changed_rows()
-    rows = rows[waiting.table_R[rows] == t]
+    rows = waiting_rows[waiting.table_R[waiting_rows] == t]
     days = np.array(shard.periods.days)[waiting.seen_R[rows]]
     yield table, "waiting", _ids(waiting.key_R[rows]) | {"count": waiting.count_R[rows], "last_seen_day": _date(days)}
     if not base:
@@ -214,6 +215,7 @@ def load(shard: Shard, filesystem: pyarrow.fs.FileSystem, layers: Sequence[Layer
                 sketch.day = int(_days(columns["day"])[0])
         for columns in _newest(filesystem, layers, table, "default", range(NUM_BUCKETS)):
             shard.put_default(table, columns)
+    shard.ledger.begin(shard.periods)  # which has the days of the rows now
 
 
 def compact(

@@ -217,6 +217,14 @@ def test_any_number_of_shards_loads_all_that_any_number_saved(
     assert state_of(loaded([base], num_shards)) == truth  # bits
 
 
+def test_values_can_be_read_as_soon_as_rows_are_loaded(base: Layer) -> None:
+    (shard,) = shards_of(1)
+    load(shard, LOCAL, [base])  # the day has not begun: the days of the rows lie ahead, and nothing decays
+    pool = shard.pool_of("item")
+    rows = pool.ids.rows(shard.number["item"])
+    assert rows.size and np.array_equal(shard.ledger.read(pool.ids, rows)[:, 0], pool.ids.tally_RC[rows, 0])
+
+
 def test_a_chain_of_nights_each_by_another_number_of_shards_is_one_continuous_run(tmp_path: Path) -> None:
     continuous, shards = shards_of(1), shards_of(2)
     for day, num_shards in enumerate([3, 1, 2, 5, 1, 2, 3]):
