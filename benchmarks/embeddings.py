@@ -35,11 +35,12 @@ from benchmarks.workload import DIM, FEATURES, batch
 from embeddings.buckets import unhash64
 from embeddings.client import ShardedEmbeddings
 from embeddings.dedupe import distinct
-from embeddings.exchange import CollectiveExchange, LocalExchange
+from embeddings.exchange import LocalExchange
 from embeddings.jagged import Jagged
 from embeddings.optim import RowwiseAdagrad
 from embeddings.pooling import Pooling, pool
 from embeddings.shard import Shard
+from embeddings.shared_memory import connect
 from embeddings.snapshot import Layer, Part, Snapshot, load
 from embeddings.table import TableConfig
 
@@ -119,7 +120,7 @@ def _peer_worker(rank: int, num_workers: int, port: int, rounds: int, results: A
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers
     )
     batches = [batch(BATCH, seed=1000 * rank + number) for number in range(BATCHES)]
-    exchange = CollectiveExchange() if num_workers > 1 else LocalExchange()
+    exchange = connect() if num_workers > 1 else LocalExchange()
     steps = {"ours": ours(batches, exchange)[0], "torchrec": torchrec(batches, num_workers)}
     for step in steps.values():
         for number in range(BATCHES):
@@ -193,6 +194,12 @@ def dynamic_overhead(rounds: int) -> tuple[float, float]:
         for name in ("fixed", "told")
     )
     return fixed, compact
+
+
+def median_overhead(rounds: int, stores: int = 7) -> tuple[float, float]:
+    """The medians over stores made anew: where their memory happens to lie changes the share by some hundredths."""
+    found = [dynamic_overhead(rounds) for _ in range(stores)]
+    return statistics.median(fixed for fixed, _ in found), statistics.median(compact for _, compact in found)
 
 
 class Filled:
@@ -334,7 +341,7 @@ def main() -> None:
             bound(f"times TorchRec, {workers} workers", ratio, ratio >= 2, "at least 2")
     if options.only in (None, "dynamic"):
         print("dynamic ids beside fixed rows in our own store", flush=True)
-        found["dynamic_overhead"], found["dynamic_overhead_compact"] = dynamic_overhead(options.rounds)
+        found["dynamic_overhead"], found["dynamic_overhead_compact"] = median_overhead(options.rounds // 3)
         bound("more time a step", found["dynamic_overhead"], found["dynamic_overhead"] < 0.15, "under 0.15")
         print(f"  against rows side by side: {found['dynamic_overhead_compact']:.3g}")
     with tempfile.TemporaryDirectory() as folder:

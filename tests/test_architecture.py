@@ -11,8 +11,8 @@ PACKAGES = ["embeddings", "trainer", "cluster"]
 # Reading order is import order. A file may import those before it, in its own package, and anything of the packages on
 # the left.
 ORDER = {
-    "embeddings": "table jagged buckets dedupe idmap exchange optim kernels pool tallies admission shard accounts "
-    "client pooling freeze snapshot",
+    "embeddings": "table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
+    "shard accounts client pooling freeze snapshot",
     "trainer": "errors config data draws numbers bodies heads features model losses learner step metrics agree "
     "checkpoint predictions pictures tracking day workers",
     "cluster": "simulate registry nightly predict doctor tables cli",

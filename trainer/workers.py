@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from embeddings.exchange import CollectiveExchange, Exchange, LocalExchange
+from embeddings.exchange import Exchange, LocalExchange
+from embeddings.shared_memory import connect
 from trainer.errors import UserError
 
 Event: TypeAlias = dict[str, Any]
@@ -117,7 +118,7 @@ def _on_worker(config: dict[str, Any]) -> dict[str, Any]:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
     events = config["events"]
-    worker = Worker(CollectiveExchange(_device()), _device(), lambda event: events.put.remote(event))
+    worker = Worker(connect(_device()), _device(), lambda event: events.put.remote(event))
     try:
         outcome = {"result": config["job"](worker), "error": None}
     except UserError as error:

@@ -1,8 +1,11 @@
-"""What every exchange must do: one script of calls, on one worker alone, on threads and on gloo processes.
+"""What every exchange must do: one script of calls, on one worker alone, on threads, on gloo processes and on processes
+that share memory.
 
 The oracle is numpy on one worker, which has what all of them bring: it comes from seeds.
 """
 
+import platform
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,7 @@ import threads
 import torch
 
 from embeddings.exchange import Exchange, LocalExchange, smallest
+from embeddings.shared_memory import SharedMemoryExchange, connect
 
 Array = np.ndarray[Any, Any]
 CALLS = 40
@@ -91,6 +95,69 @@ def test_threads_keep_the_contract(workers: int) -> None:
 @pytest.mark.slow
 def test_gloo_processes_keep_the_contract() -> None:
     check(many.run(3, script))
+
+
+def script_through_memory(_: Exchange) -> list[Any]:
+    return script(SharedMemoryExchange())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
+def test_processes_that_share_memory_keep_the_contract(workers: int) -> None:
+    check(many.run(workers, script_through_memory))
+
+
+def larger_and_larger(_: Exchange) -> list[bool]:
+    exchange, found = SharedMemoryExchange(), []
+    for rows in (1, 400_000, 3, 1_000_000, 2_000_000, 5, 0, 700_000):  # a segment begins with a megabyte
+        sent = torch.arange(2 * rows) * (exchange.rank + 1)
+        received = exchange.all_to_all(sent, [rows, rows], [rows, rows])
+        mine = torch.arange(2 * rows).view(2, rows)[exchange.rank]
+        found.append(torch.equal(received, torch.cat([mine, 2 * mine])))
+        found.append(torch.equal(exchange.all_reduce(sent), 3 * torch.arange(2 * rows)))
+    return found
+
+
+@pytest.mark.slow
+def test_messages_of_any_size_go_through_shared_memory() -> None:
+    assert all(map(all, many.run(2, larger_and_larger)))
+
+
+def wait_in_vain(exchange: Exchange) -> str:
+    """Worker 1 is late for the first call; for the second it looks as if its process had ended."""
+    shared, texts = SharedMemoryExchange(timeout=1.0), []
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    if exchange.rank == 0:
+        for pid in (shared._pids[1], ended.pid):
+            shared._pids[1] = pid
+            with pytest.raises(RuntimeError) as raised:
+                shared.all_reduce(torch.zeros(1))
+            texts.append(f"{raised.value} ({pid})")
+    exchange.all_reduce(torch.zeros(1))
+    return "\n".join(texts)
+
+
+@pytest.mark.slow
+def test_who_is_late_or_gone_is_named() -> None:
+    late, gone = many.run(2, wait_in_vain)[0].splitlines()
+    for text, seconds in ((late, "1 s"), (gone, "s")):
+        pid = text.rpartition("(")[2].rstrip(")")
+        assert text.startswith(f"lost the workers 1 (process {pid}) after") and seconds in text
+
+
+def connected(exchange: Exchange) -> list[str]:
+    kinds = [type(connect()).__name__, type(connect(torch.device("meta"))).__name__]
+    with pytest.MonkeyPatch.context() as patch:
+        if exchange.rank:
+            patch.setattr(platform, "machine", lambda: "riscv")  # one that cannot is enough
+        return [*kinds, type(connect()).__name__]
+
+
+@pytest.mark.slow
+def test_workers_of_one_host_are_connected_through_memory_and_others_through_the_group() -> None:
+    other = "CollectiveExchange"
+    assert many.run(2, connected) == [["SharedMemoryExchange", other, other]] * 2
 
 
 @pytest.mark.parametrize(
