@@ -12,7 +12,7 @@ pairs that an owner received, O distinct ones of these, D numbers a row, S stati
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class ShardedEmbeddings:
         payload: torch.dtype = torch.float32,
     ):
         self.shard, self.exchange, self._own, self._payload = shard, shard.exchange, frozenset(own), payload
+        self.table_of = dict(feature_tables)
         by_number = sorted(feature_tables, key=lambda feature: shard.number[feature_tables[feature]])
         self._features = [
             [(f, shard.number[feature_tables[f]]) for f in by_number if shard.number[feature_tables[f]] in pool.tables]
@@ -155,14 +156,22 @@ class ShardedEmbeddings:
         else:
             rows_O, statistics_OS = shard.find(pool, key_O, table_O)
         route = _Route(sent_W, received_W, rows_O, table_O, owned_of_V)
-        to_read_O = np.where(rows_O < 0, pool.default_rows(table_O), rows_O) if (rows_O < 0).any() else rows_O
-        to_read_V = to_read_O if owned_of_V is None else to_read_O[owned_of_V]
-        back = (received_W, sent_W)
-        rows_UD = self.exchange.all_to_all(pool.lookup(to_read_V).to(self._payload), *back).float()
+        rows_UD = self._read(pool, route)
         if statistics_OS.shape[1] == 0:
             return rows_UD, rows_UD.new_zeros(batch.key_U.size, 0), route
         statistics_VS = statistics_OS if owned_of_V is None else statistics_OS[owned_of_V]
-        return rows_UD, self.exchange.all_to_all(torch.from_numpy(statistics_VS).to(shard.device), *back), route
+        told_VS = torch.from_numpy(statistics_VS).to(shard.device)
+        return rows_UD, self.exchange.all_to_all(told_VS, received_W, sent_W), route
+
+    def _read(self, pool: RowPool, route: _Route) -> Tensor:
+        """The rows on their way back to who asked for them: [U, D]."""
+        rows_O = np.where(route.rows_O < 0, pool.default_rows(route.table_O), route.rows_O)
+        rows_V = rows_O if route.owned_of_V is None else rows_O[route.owned_of_V]
+        return self.exchange.all_to_all(pool.lookup(rows_V).to(self._payload), route.received_W, route.sent_W).float()
+
+    def again(self, blocks: list[Block]) -> list[Block]:
+        """The newest blocks with their rows as they are after the push (collective). Nothing is counted twice."""
+        return [replace(block, rows_UD=self._read(block.pool, block.route)) for block in blocks]
 
     def push(self, blocks: list[Block]) -> None:
         """Send the rows' gradients to their owners, which make one optimizer step a row (collective)."""

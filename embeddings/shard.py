@@ -116,9 +116,9 @@ class Shard:
         """
         rows_U = pool.ids.find(key_U, table_U)
         self.count("unknown", table_U[rows_U < 0])
-        return rows_U, self._statistics(pool, rows_U)
+        return rows_U, self.statistics_of(pool, rows_U)
 
-    def _statistics(self, pool: RowPool, rows_U: Int64s) -> Floats:
+    def statistics_of(self, pool: RowPool, rows_U: Int64s) -> Floats:
         """The tallies that a model reads: all but the first, value."""
         if pool.layout.num_tallies == 1:
             return np.zeros((rows_U.size, 0), np.float32)
@@ -143,7 +143,7 @@ class Shard:
         self.count("hit", table_U[rows_U >= 0])
         if missing.size or self._fixed(pool):
             rows_U[missing] = self._admit(pool, key_U[missing], table_U[missing], event_UE[missing, 0], rows_U)
-        statistics_UC = self._statistics(pool, rows_U)
+        statistics_UC = self.statistics_of(pool, rows_U)
         self.before_change(pool, rows_U[rows_U >= 0])
         self.ledger.add(pool.ids, rows_U, event_UE, self.periods.now)
         return rows_U, statistics_UC
@@ -281,6 +281,14 @@ class Shard:
         rows = pool.ids.rows(self.number[table])
         columns = pool.known(rows[np.argsort(pool.ids.key_R[rows])])
         return columns | {"last_seen_day": np.array(self.periods.days)[columns["seen"]]}
+
+    def default_of(self, table: str) -> list[float] | None:
+        """What an id without a row reads; None: zeros."""
+        if self.tables[table].default_row == "zero":
+            return None
+        pool = self.pool_of(table)
+        row: list[float] = pool.lookup(pool.default_rows(np.array([self.number[table]], np.uint8)))[0].tolist()
+        return row
 
     def put(self, table: str, key_U: Int64s, known: Columns) -> None:
         """Enter rows that a snapshot holds, of ids that have none: weight, optimizer states, count, tallies, seen."""

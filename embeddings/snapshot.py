@@ -17,6 +17,7 @@ an id, alive or evicted, counts.
 Shape letters: U rows, D numbers a row.
 """
 
+import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class _Parts:
         self._filesystem, self._folder, self._buckets = filesystem, folder, buckets
         self._writers: dict[tuple[str, str], tuple[str, pq.ParquetWriter]] = {}
         self._rows: dict[tuple[str, str], int] = {}
+        self._open = contextlib.ExitStack()  # all of them are closed, also when one of them cannot be
 
     def add(self, table: str, kind: str, columns: Columns) -> None:
         """Append rows as one row group."""
@@ -145,22 +147,22 @@ class _Parts:
             buckets = self._covered(kind)
             path = f"{table}/{kind}-{buckets.start:04d}-{buckets.stop - 1:04d}.parquet"
             self._filesystem.create_dir(f"{self._folder}/{table}", recursive=True)
+            stream = self._open.enter_context(self._filesystem.open_output_stream(f"{self._folder}/{path}"))
             writer = pq.ParquetWriter(
-                f"{self._folder}/{path}",
+                stream,
                 content.schema,
-                filesystem=self._filesystem,
                 compression="zstd",
                 compression_level=1,
                 use_dictionary=["bucket", "last_seen_day"],
                 write_statistics=["bucket"],
             )
+            self._open.callback(writer.close)
             self._writers[table, kind], self._rows[table, kind] = (path, writer), 0
         self._writers[table, kind][1].write_table(content)
         self._rows[table, kind] += content.num_rows
 
     def close(self) -> list[Part]:
-        for _, writer in self._writers.values():
-            writer.close()
+        self._open.close()
         found = [(path, key, self._covered(key[1])) for key, (path, _) in self._writers.items()]
         return [Part(path, *key, (buckets.start, buckets.stop), self._rows[key]) for path, key, buckets in found]
 

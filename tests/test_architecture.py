@@ -12,10 +12,11 @@ PACKAGES = ["embeddings", "trainer", "cluster"]
 # the left.
 ORDER = {
     "embeddings": "table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
-    "shard accounts client pooling freeze snapshot",
-    "trainer": "errors config data draws numbers bodies heads features model losses learner step metrics agree "
-    "checkpoint predictions pictures tracking day workers",
-    "cluster": "simulate registry nightly predict doctor tables cli",
+    "shard accounts client pooling freeze snapshot rowfile",
+    "trainer": "errors expressions config pieces lanes data draws numbers features layers bodies encoders towers "
+    "losses heads auxiliary model objective balance health learner step metrics agree checkpoint predictions "
+    "parts serving pictures tracking day workers",
+    "cluster": "simulate registry nightly predict export doctor tables cli",
 }
 
 # Who may import what is large, slow to start, or likely to change under us.
@@ -31,6 +32,7 @@ DOORS = {
     "safetensors": {"trainer/checkpoint.py"},
     "pyarrow": {
         "embeddings/snapshot.py",
+        "embeddings/rowfile.py",
         "trainer/data.py",
         "trainer/predictions.py",
         "trainer/checkpoint.py",

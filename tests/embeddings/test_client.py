@@ -14,6 +14,7 @@ from typing import Any
 import many
 import numpy as np
 import pytest
+import threads
 import torch
 
 from embeddings.buckets import keys_of, owner_of, unhash64
@@ -425,6 +426,32 @@ def test_a_default_row_stays_as_it_is_on_steps_where_nobody_reads_it() -> None:
         embeddings.push([block])
         moved.append(not np.array_equal(defaults_of(shard)["x"], before))
     assert moved == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_what_is_read_again_after_a_push_are_the_rows_of_another_pull_and_nothing_is_counted(num_workers: int) -> None:
+    def look(exchange: Exchange) -> list[tuple[Array, Array, Array]]:
+        shard = Shard(TABLES, RowwiseAdagrad(LR), exchange, tallies=TALLIES, labels=LABELS, kernel=TorchRows)
+        embeddings, looks = ShardedEmbeddings(shard, FEATURES, own=OWN), []
+        shard.begin_day(1)
+        for step in range(3):  # an ad gets its row on the third sighting, the others read a default that learns
+            ids = {name: Jagged(torch.tensor([1, 2 + exchange.rank, 3]), torch.tensor([0, 2, 3])) for name in FEATURES}
+            blocks = embeddings.pull(ids, insert=True, labels_BL=torch.ones(2, len(LABELS)))
+            for block in blocks:
+                block.rows_UD.grad = torch.full_like(block.rows_UD, 1.0 + step)
+            embeddings.push(blocks)
+            counts = {name: of.copy() for name, of in shard.counts.items()}
+            again = embeddings.again(blocks)
+            assert all(np.array_equal(of, counts[name]) for name, of in shard.counts.items())
+            pairs = zip(blocks, again, embeddings.pull(ids, insert=False), strict=True)
+            looks += [
+                (old.rows_UD.detach().numpy(), new.rows_UD.numpy(), want.rows_UD.numpy()) for old, new, want in pairs
+            ]
+        return looks
+
+    for looks in threads.run(num_workers, look):
+        for old, new, want in looks:
+            assert np.array_equal(new, want) and not np.array_equal(new, old)
 
 
 def test_every_id_has_one_row_on_the_shard_that_owns_its_bucket(seen: list[Seen]) -> None:
