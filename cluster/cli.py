@@ -163,6 +163,26 @@ def predict(
 
 
 @app.command()
+def export(
+    config: Config,
+    out: Annotated[str, typer.Option(help="The folder for the programs and the rows.")],
+    day: Annotated[
+        str | None, typer.Option(help="The last day that the model was trained on; else the champion.")
+    ] = None,
+    sets: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Write a model for serving: a user part, called once a request, and an item part."""
+    from cluster.export import export as run
+
+    settings, console = _load(config, sets), _console(as_json)
+    report = run(settings, out, _maybe_day(day, "--day"))
+    rows = sum(table["rows"] for table in report["tables"].values())
+    _say(console, f"the model of {report['trained_through']} with {rows:,} rows in {out}")
+    _finish(as_json, report)
+
+
+@app.command()
 def evaluate(
     config: Config,
     day: Annotated[str, typer.Option(help="The day whose rows are scored, YYYY-MM-DD.")],

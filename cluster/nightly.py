@@ -24,7 +24,7 @@ from trainer.data import DayPlan, Logs
 from trainer.day import run_day
 from trainer.errors import UserError
 from trainer.learner import build, check, open_logs
-from trainer.pictures import days_picture
+from trainer.pictures import days_picture, gates_picture
 from trainer.tracking import Tracking
 from trainer.workers import Event, Worker, run_here, run_on_ray
 
@@ -197,6 +197,8 @@ class Morning:
             for d in self._checkpoints.days()
             if d <= checkpoint.day
         ]
+        title = f"{self._config.name}, {report['day']}: mean shares of experts"
+        gates = {"gates.png": gates_picture(report["gates"], title)} if report["gates"] else {}
         return self._tracking.log_day(
             report["day"],
             params=flatten(as_dict(self._config)),
@@ -210,7 +212,8 @@ class Morning:
             files={
                 "checkpoint/manifest.json": json.dumps(checkpoint.manifest, indent=1).encode(),
                 "days.png": days_picture(history, title=self._config.name),
-            },
+            }
+            | gates,
         )
 
 
@@ -225,7 +228,7 @@ def day_entry(checkpoints: Checkpoints, day: datetime.date, trained: bool) -> di
     """One day as `nightly --json` prints it."""
     report = checkpoints.open(day).report
     decision = checkpoints.decision(day) or {"state": "undecided", "reason": "not logged and judged yet"}
-    wanted = ("day", "rows", "seconds", "samples_per_s", "workers", "memory_bytes", "metrics", "losses", "nulls", "ids")
+    wanted = "day rows seconds samples_per_s workers memory_bytes metrics losses weights gates nulls ids".split()
     return {key: report[key] for key in wanted} | {
         "state": decision["state"],
         "reason": decision["reason"],

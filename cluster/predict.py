@@ -14,8 +14,8 @@ from trainer.config import Config, absolute
 from trainer.data import DayPlan
 from trainer.day import score_day, shares
 from trainer.errors import UserError
-from trainer.learner import build, check, open_logs
-from trainer.predictions import PredictionFile
+from trainer.learner import build, check, fusion_powers, open_logs
+from trainer.predictions import PredictionFile, told
 from trainer.step import score_step
 from trainer.workers import Event, Worker
 
@@ -70,20 +70,12 @@ def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpo
     """What each worker does for predict; returns the rows that all of them wrote."""
     exchange, logs = worker.exchange, open_logs(config)
     learner = build(config, exchange, worker.device)
-    graph = learner.graph
-    powers = config.fusion.powers or dict.fromkeys(list(graph.addresses)[:1], 1.0)
+    graph, powers = learner.graph, fusion_powers(config)
     open_checkpoints(config).load(learner, checkpoint)
     with PredictionFile(out, exchange.rank, exchange.num_workers) as file:
         together(exchange, file.clear)
         for batch in shares(learner, logs, plan, config.train.batch_size, config.data.lanes):
-            predictions = graph.predictions(score_step(learner, batch))
-            columns = predictions | {
-                address: graph.tasks[address.split("@")[0]].to_label(predictions[address])
-                for address, kind in graph.addresses.items()
-                if kind == "regression"
-            }
-            log_score_B = sum(power * predictions[address].clamp(min=1e-30).log() for address, power in powers.items())
-            columns["score"] = torch.as_tensor(log_score_B).exp()
+            columns = told(graph, score_step(learner, batch), batch.labels_BT.to(learner.device), powers)
             together(exchange, partial(file.write, batch.keys, columns))
         together(exchange, file.close)
     return int(exchange.all_reduce(torch.tensor([file.num_rows])).item())

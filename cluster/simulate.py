@@ -8,7 +8,8 @@ has its own generator, so day k is the same for any number of days; only histori
 The law: an entity has for each task a main effect and a taste of DIM numbers, part its own, part that of its group
 (users: a hidden segment, items: their category), all turning slowly with the days. With u, v and the constants in LAW:
     appeal = user u_0 + item v_0 + taste <u, v> / sqrt(DIM) + share (appeal of the parent task)
-    logit  = intercept + appeal + price log_price + fresh exp(-age / 48 h) + device, and, for a click, position
+    logit  = intercept + appeal + price log_price + length log_length + fresh exp(-age / 48 h) + device, and, for a
+             click, position
 """
 
 import datetime
@@ -63,6 +64,7 @@ class Response:
     taste: float
     price: float = 0.0
     fresh: float = 0.0
+    length: float = 0.0
     share: float = 0.0
     parent: str = ""
 
@@ -72,7 +74,7 @@ LAW = {
     "cart": Response(intercept=-1.6, user=0.3, item=0.6, taste=0.3, price=-0.5, share=0.3, parent="click"),
     "buy": Response(intercept=-1.2, user=0.4, item=0.5, taste=0.3, price=-0.5, share=0.3, parent="cart"),
     # Not a logit but the mean of log seconds.
-    "watch": Response(intercept=3.3, user=0.2, item=0.4, taste=0.2, share=0.2, parent="click"),
+    "watch": Response(intercept=3.3, user=0.2, item=0.4, taste=0.2, length=0.5, share=0.2, parent="click"),
 }
 
 
@@ -98,6 +100,7 @@ class World:
     items: Population
     device: Ints  # of each user, used in most of the requests
     log_price: Floats  # of each item, standard scale
+    log_length: Floats  # likewise
     published_h: Floats  # of each item, hours after midnight of the day: zero or less
 
 
@@ -116,10 +119,13 @@ class Impressions:
 
 @dataclass(frozen=True)
 class Clicks:
-    """Clicked items in the order of time; request is -1 for those of days before."""
+    """Clicked items in the order of time, and what came of each: 0 nothing, 1 a cart, 2 a purchase; request is -1 for
+    those of days before.
+    """
 
     user: Ints
     item_id: Ints
+    outcome: Ints
     request: Ints
 
 
@@ -129,25 +135,26 @@ def simulate(
     """Write `days` days of logs and their truth under `out`, replacing those days where they are there.
 
     A day's folders appear whole or not at all, its logs only once its truth is there. Other days are left alone.
-    Logs: history holds the items that the user clicked in earlier requests, the newest last; cart is null where there
-    is no click, buy where there is no cart, watch_s where there is no click. Truth: p_click is without position bias,
-    as at the top; p_click_shown is with it; p_cart is given a click, p_buy given a cart; watch_log_mean is the mean of
-    log seconds; randomized marks requests shown in random order. Raises UserError where a size is too small.
+    Logs: history holds the items that the user clicked in earlier requests, the newest last, history_outcome what came
+    of each (0 nothing, 1 a cart, 2 a purchase); cart is null where there is no click, buy where there is no cart,
+    watch_s where there is no click. Truth: p_click is without position bias, as at the top; p_click_shown is with it;
+    p_cart is given a click, p_buy given a cart; watch_log_mean is the mean of log seconds; randomized marks requests
+    shown in random order. Raises UserError where a size is too small.
     """
     _check("days", days, at_least=1)
     _check("users", users, at_least=1)
     _check("items", items, at_least=2 * NUM_SHOWN)
     _check("rows_per_day", rows_per_day, at_least=FILES_A_DAY * NUM_SHOWN)
     _check("seed", seed, at_least=0)
-    past = Clicks(*np.zeros((3, 0), np.int64))
+    past = Clicks(*np.zeros((4, 0), np.int64))
     for day in range(days):
         rng = np.random.default_rng([seed, day])
         world = _world(seed, day, start + datetime.timedelta(days=day), users, items)
         shown = _impressions(rng, world, rows_per_day)
         truth = _truth(world, shown)
         labels = _labels(rng, truth)
-        history, past = _histories(past, world, shown, labels["click"] == 1)
-        logs = _logs(rng, world, shown, {"history": history, **labels})
+        history, past = _histories(past, world, shown, labels)
+        logs = _logs(rng, world, shown, {**history, **labels})
         truth = {"impression_id": logs["impression_id"], **truth, "randomized": shown.randomized}
         _write_day(out, world.date, {"truth": pa.table(truth), "logs": logs})
 
@@ -248,6 +255,7 @@ def _world(seed: int, day: int, date: datetime.date, num_users: int, num_items: 
         items=items,
         device=np.searchsorted(np.cumsum(DEVICE_SHARES)[:-1], _uniform(seed, "user device", users.index)[:, 0]),
         log_price=np.sqrt(0.5) * (price_of_category + price),
+        log_length=_wave(seed, "item length", items.index, 0, 1)[:, 0],
         published_h=24.0 * (items.born - day) - lead_h,
     )
 
@@ -292,6 +300,7 @@ def _age_h(world: World, shown: Impressions) -> Floats:
 def _logits(world: World, shown: Impressions) -> dict[str, Floats]:
     """Return the logit of each task without position bias; of watch, the mean of its log seconds."""
     log_price, fresh = world.log_price[shown.item], np.exp(-_age_h(world, shown) / 48)
+    log_length = world.log_length[shown.item]
     appeals: dict[str, Floats] = {}
     logits: dict[str, Floats] = {}
     for number, (task, law) in enumerate(LAW.items()):
@@ -300,6 +309,7 @@ def _logits(world: World, shown: Impressions) -> dict[str, Floats]:
         shared = law.share * appeals[law.parent] if law.parent else 0.0
         appeals[task] = law.user * u[:, 0] + law.item * v[:, 0] + law.taste * taste + shared
         logits[task] = law.intercept + appeals[task] + law.price * log_price + law.fresh * fresh
+        logits[task] += law.length * log_length
     logits["click"] += DEVICE_EFFECT[shown.device]
     return logits
 
@@ -335,13 +345,20 @@ def _labels(rng: np.random.Generator, truth: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _histories(past: Clicks, world: World, shown: Impressions, click: Bools) -> tuple[pa.ListArray, Clicks]:
-    """Return the last items clicked by each row's user in earlier requests, newest last, and the next day's past."""
+def _histories(
+    past: Clicks, world: World, shown: Impressions, labels: dict[str, Any]
+) -> tuple[dict[str, pa.ListArray], Clicks]:
+    """Return the last items clicked by each row's user in earlier requests, newest last, with what came of them, and
+    the next day's past.
+    """
+    click = labels["click"] == 1
+    outcome = sum(np.nan_to_num(labels[task].to_numpy(zero_copy_only=False)) for task in ("cart", "buy"))
     user = np.concatenate([past.user, world.users.index[shown.user[click]]])
     item_id = np.concatenate([past.item_id, world.items.ids[shown.item[click]]])
+    outcome = np.concatenate([past.outcome, outcome[click].astype(np.int64)])
     request = np.concatenate([past.request, shown.request[click]])
     by_user = np.argsort(user, kind="stable")
-    user, item_id, request = user[by_user], item_id[by_user], request[by_user]
+    user, item_id, outcome, request = user[by_user], item_id[by_user], outcome[by_user], request[by_user]
 
     requests = shown.request[-1] + 1
     key = user * (requests + 1) + request + 1  # ascending: user first, then time
@@ -350,10 +367,12 @@ def _histories(past: Clicks, world: World, shown: Impressions, click: Bools) -> 
     begin = np.maximum(np.searchsorted(key, first), end - MAX_HISTORY)
     offsets = np.concatenate([[0], np.cumsum(end - begin)])
     taken = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin)
-    histories = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), item_id[taken])
-
+    columns = {"history": item_id, "history_outcome": outcome}
+    histories = {
+        name: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values[taken]) for name, values in columns.items()
+    }
     keep = np.searchsorted(user, user, side="right") - np.arange(user.size) <= MAX_HISTORY
-    return histories, Clicks(user[keep], item_id[keep], np.full(int(keep.sum()), -1))
+    return histories, Clicks(user[keep], item_id[keep], outcome[keep], np.full(int(keep.sum()), -1))
 
 
 # Files.
@@ -365,6 +384,7 @@ def _logs(rng: np.random.Generator, world: World, shown: Impressions, drawn: dic
     midnight = datetime.datetime.combine(world.date, datetime.time(), datetime.UTC)
     categories = pa.array([f"cat-{number:02d}" for number in range(NUM_CATEGORIES)])
     price = np.exp(3 + 0.8 * world.log_price[shown.item])
+    duration_s = np.exp(4 + 0.8 * world.log_length[shown.item])
     columns = {
         "impression_id": world.day * rows + np.arange(rows),
         "request_id": world.day * (shown.request[-1] + 1) + shown.request,
@@ -376,6 +396,7 @@ def _logs(rng: np.random.Generator, world: World, shown: Impressions, drawn: dic
         "position": pa.array(shown.position + 1, pa.int8()),
         "price": pa.array(price, pa.float32(), mask=rng.random(rows) < NULL_PRICE_SHARE),
         "item_age_h": pa.array(_age_h(world, shown), pa.float32()),
+        "duration_s": pa.array(duration_s, pa.float32()),
         "weight": np.ones(rows, np.float32),
     }
     return pa.table({**columns, **drawn})
@@ -402,7 +423,7 @@ def _write_parts(folder: str, table: pa.Table) -> None:
     for part in range(FILES_A_DAY):
         rows_of_part = table.slice(part * rows, rows)
         groups = max(1, rows_of_part.num_rows // ROW_GROUP_ROWS)
-        size = -(-rows_of_part.num_rows // groups)
+        size = -(-rows_of_part.num_rows // (groups * NUM_SHOWN)) * NUM_SHOWN  # and in one row group
         pq.write_table(rows_of_part, os.path.join(folder, f"part-{part}.parquet"), row_group_size=size)
 
 

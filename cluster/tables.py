@@ -10,6 +10,9 @@ from rich.table import Table
 from cluster.doctor import Finding
 from trainer.workers import Event
 
+# What a day's table shows of a prediction, by the first of these metrics that it has.
+_HEADINGS = {"auc": "AUC  cal.", "ndcg@10": "NDCG@10", "mse": "MSE"}
+
 
 class Show:
     """Progress on a terminal as a bar, elsewhere as one plain line a day. Use in a with block and hand its `event`
@@ -57,15 +60,15 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def days_table(days: Sequence[Mapping[str, Any]], law: Mapping[str, Mapping[str, float]] | None = None) -> Table:
-    """One line a day: AUC and calibration of each binary prediction, MSE of each regression. law: by day, the AUC of
-    the true law.
+    """One line a day: AUC and calibration of each probability, NDCG of each ranking, MSE of each value. law: by day,
+    the AUC of the true law.
     """
     table = Table(title="each day scored by the model of the day before", title_justify="left", header_style="bold")
     for heading in ("day", "state", "rows", "rows/s"):
         table.add_column(heading, justify="left" if heading in ("day", "state") else "right")
-    kinds = {address: ("auc" if "auc" in m else "mse") for day in days for address, m in day["metrics"].items()}
+    kinds = {address: next(k for k in _HEADINGS if k in m) for day in days for address, m in day["metrics"].items()}
     for address, kind in kinds.items():
-        table.add_column(f"{address}\n{'AUC  cal.' if kind == 'auc' else 'MSE'}", justify="right")
+        table.add_column(f"{address}\n{_HEADINGS[kind]}", justify="right")
     for day in days:
         cells = [_cell(day["metrics"].get(address, {}), kind) for address, kind in kinds.items()]
         table.add_row(day["day"], day["state"], f"{day['rows']:,}", f"{day['samples_per_s']:,.0f}", *cells)
@@ -76,8 +79,8 @@ def days_table(days: Sequence[Mapping[str, Any]], law: Mapping[str, Mapping[str,
 
 
 def _cell(metrics: Mapping[str, Any], kind: str) -> str:
-    if kind == "mse":
-        return number(metrics.get("mse"), 3)
+    if kind != "auc":
+        return number(metrics.get(kind), 3)
     return f"{number(metrics.get('auc'))}  {number(metrics.get('calibration'), 2)}" if metrics else "-"
 
 

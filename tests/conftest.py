@@ -52,6 +52,7 @@ model:
   tower_layers: [8]
   position: {features: [position], tasks: [click]}
 train: {workers: 2, batch_size: 256, dense: {lr: 0.003}}
+serving: {item: [item_id, price]}
 tracking: {mlflow: "sqlite:///ROOT/mlflow.db"}
 checkpoints: {path: ROOT/checkpoints}
 """

@@ -190,8 +190,8 @@ class Checkpoints:
     def _read_parts(self, learner: Learner, checkpoint: Checkpoint) -> None:
         shard, manifest = learner.embeddings.shard, checkpoint.manifest
         for what, names in learner.order.items():
-            if manifest["order"][what] != names:  # the dense net would take one for another
-                got, expected = ", ".join(names), ", ".join(manifest["order"][what])
+            if manifest["order"].get(what) != names:  # the dense net would take one for another
+                got, expected = ", ".join(names), ", ".join(manifest["order"].get(what, []))
                 raise UserError(f"the {what} changed, or their order", what, got=got, expected=expected, do=_UNDO)
         for name, table in shard.tables.items():
             known = manifest["tables"].get(name)
@@ -269,35 +269,42 @@ def _retrain(day: datetime.date) -> str:
 
 
 def _dense_state(learner: Learner) -> dict[str, Tensor]:
-    """The dense net, its optimizer and the statistics as named tensors."""
-    state = {f"model/{name}": value for name, value in learner.model.state_dict().items()}
-    state |= {f"averaged/{name}": value for name, value in learner.averaged.state_dict().items()}
-    for name, parameter in learner.model.named_parameters():
+    """All that is dense, its optimizer and the statistics as named tensors."""
+    state = {
+        f"{part}/{name}": v for part, module in _modules(learner).items() for name, v in module.state_dict().items()
+    }
+    for name, parameter in learner.named_parameters().items():
         for key, value in learner.optimizer.state[parameter].items():
             state[f"optimizer/{name}/{key}"] = value
     state |= {f"numbers/{name}": value for name, value in learner.stats.state().items()}
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
+def _modules(learner: Learner) -> dict[str, torch.nn.Module]:
+    return {
+        "model": learner.model,
+        "averaged": learner.averaged,
+        "auxiliary": learner.auxiliary,
+        "balance": learner.balance,
+        "losses": torch.nn.ModuleList(task.loss for task in learner.graph.tasks.values()),
+    }
+
+
 def _load_dense_state(learner: Learner, state: dict[str, Tensor], where: str) -> None:
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}, "numbers": {}}
+    modules = _modules(learner)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*modules, "optimizer", "numbers")}
     for name, value in state.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = value
-    mine = {name: tuple(value.shape) for name, value in learner.model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in parts["model"].items()}
-    if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
-        got, expected = (f"{differing[0]} {_shape(shapes.get(differing[0]))}" for shapes in (mine, theirs))
-        raise UserError(
-            "the dense net of the configuration is not the one that was trained",
-            where,
-            got=got,
-            expected=expected,
-            do=_UNDO,
-        )
-    learner.model.load_state_dict(parts["model"])
-    learner.averaged.load_state_dict(parts["averaged"])
-    for name, parameter in learner.model.named_parameters():
+    for part, module in modules.items():
+        mine = {f"{part}/{name}": tuple(value.shape) for name, value in module.state_dict().items()}
+        theirs = {f"{part}/{name}": tuple(value.shape) for name, value in parts[part].items()}
+        if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
+            got, expected = (f"{differing[0]} {_shape(shapes.get(differing[0]))}" for shapes in (mine, theirs))
+            what = "the dense net of the configuration is not the one that was trained"
+            raise UserError(what, where, got=got, expected=expected, do=_UNDO)
+        module.load_state_dict(parts[part])
+    for name, parameter in learner.named_parameters().items():
         of_parameter = {k.rpartition("/")[2]: v for k, v in parts["optimizer"].items() if k.rpartition("/")[0] == name}
         learner.optimizer.state[parameter] = {
             k: v.to(v.device if k == "step" else learner.device) for k, v in of_parameter.items()

@@ -2,8 +2,9 @@
 
     load("configs/demo.yaml", ["train.workers=1"]) -> Config
 
-An unknown key, a wrong type, a name that nothing defines: each is a UserError with the dotted path and the nearest
-known word. Below this file nobody sees a config object: modules take plain values.
+A file may say `extends: other.yaml` and then only what is different. An unknown key, a wrong type, a name that nothing
+defines: each is a UserError with the dotted path and the nearest known word. Below this file nobody sees a config
+object: modules take plain values.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from embeddings.idmap import MAX_TABLES
 from embeddings.table import TableConfig
 from embeddings.tallies import IMPRESSIONS, SIGHTINGS
 from trainer.errors import UserError
+from trainer.expressions import parse
 
 _NAME = re.compile(r"\w[\w.-]*")
 _CORRECT = "correct it in the file or with --set"
@@ -38,7 +40,8 @@ class DataConfig:
     """Where the days lie: path/<day_column>=YYYY-MM-DD/*.parquet, on any filesystem that pyarrow can open.
 
     group: the column that makes one ranked list (for GAUC), weighted as gauc says. keys: columns that predict copies.
-    weight: a column of sample weights. lanes: parts in which a day is read side by side; at least as many as workers,
+    weight: a column of sample weights. known: columns that are known when a row is scored, although labels are made
+    with them (a video's length). lanes: parts in which a day is read side by side; at least as many as workers,
     the same for the life of a model.
     """
 
@@ -48,6 +51,7 @@ class DataConfig:
     gauc: Literal["impressions", "positives", "equal"] = "impressions"
     keys: tuple[str, ...] = ()
     weight: str | None = None
+    known: tuple[str, ...] = ()
     lanes: int = 24
 
 
@@ -56,9 +60,9 @@ class FeatureConfig:
     """id: one id a row (or null). ids: a list of ids a row. number: a number a row (or null). id_stats: numbers from
     what happened to a row's id before.
 
-    column: its name in the log, when it is not the feature's. pool: how a list's rows become one vector; max_len: its
-    last so many ids count. dropout: the share of training rows on which the feature reads as unknown. transform:
-    applied to a number before standardising.
+    column: its name in the log, when it is not the feature's. pool: how a list's rows become one vector, or none: they
+    go to the encoder as they are; max_len: its last so many ids count. dropout: the share of training rows on which the
+    feature reads as unknown. transform: applied to a number before standardising.
 
     of: numbers about the ids of the feature `id` (default: the only feature of kind id that reads the table): counts
     of `impressions` or of a task's event, rates such as `buy/click`. Counts halve in half_life_days; rates are smoothed
@@ -68,7 +72,7 @@ class FeatureConfig:
     kind: Literal["id", "ids", "number", "id_stats"]
     column: str | None = None
     table: str | None = None
-    pool: Literal["mean", "sum"] = "mean"
+    pool: Literal["mean", "sum", "none"] = "mean"
     max_len: int = 50
     dropout: float = 0.0
     transform: Literal["none", "log1p"] = "none"
@@ -89,47 +93,94 @@ _OF_KIND = {
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """One thing to predict.
+class PropensityConfig:
+    """ips: the rows where the parent happened, each over the parent's probability (at least `least`); dr: also what a
+    second head imputes elsewhere. product: the weight of the loss over every row.
+    """
 
-    given: the event on which this one hangs; learnt through the product of probabilities over every row (ESMM). where:
-    the event that masks it; learnt on the rows where it happened. loss mse: a regression on transform(scale * label).
+    kind: Literal["ips", "dr"]
+    least: float = 0.02
+    product: float = 0.1
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One thing to predict, or (with `head`) one more loss of a prediction.
+
+    label: a column, or an expression over columns (`watch_s > 0.8 * duration_s`); default: the task's name. loss: its
+    name, or {kind, and that loss's settings}; a regression is on transform(scale * label). weight: of each row, a
+    column or an expression (`1 + share`). positive_weight: what a label 1 weighs more; negatives_kept: the share of the
+    rows with label 0 that the log still has; predictions are as if neither had been done.
+
+    given: the event on which this one hangs; learnt through the product of probabilities over every row (ESMM). via:
+    the event, itself given the same, through which it goes or not (ESM2). where: the event that masks it; learnt on the
+    rows where it happened. head: the address of another task's prediction that this loss is about: it has none.
+
+    links: tasks whose towers this one's reads too (DBMTL). transfer: the task whose features it attends to (AITM), with
+    its calibrator. cascade: the task to whose logit this one adds (NMTR). propensity: see there (ESCM2).
     """
 
     label: str | None = None
-    loss: Literal["bce", "mse"] = "bce"
+    loss: str | dict[str, Any] = "bce"
+    weight: str | None = None
+    positive_weight: float = 1.0
+    negatives_kept: float = 1.0
     given: str | None = None
+    via: str | None = None
     where: str | None = None
+    head: str | None = None
+    links: tuple[str, ...] = ()
+    transfer: str | None = None
+    calibrator: float = 0.6
+    cascade: str | None = None
+    propensity: PropensityConfig | None = None
     transform: Literal["none", "log1p"] = "none"
     scale: float = 1.0
+
+    @property
+    def loss_kind(self) -> str:
+        return self.loss if isinstance(self.loss, str) else str(self.loss.get("kind", ""))
+
+    @property
+    def is_event(self) -> bool:
+        return self.loss_kind == "bce"
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The tasks that this one hangs on or reads, by the setting that names each."""
+        named: dict[str, str | None] = {
+            name: getattr(self, name) for name in ("given", "via", "where", "transfer", "cascade")
+        }
+        named |= {f"links.{i}": link for i, link in enumerate(self.links)}
+        named |= {"head": self.head.partition("@")[0]} if self.head else {}
+        return {setting: task for setting, task in named.items() if task is not None}
 
 
 @dataclass(frozen=True)
 class PositionConfig:
-    """A shallow tower on selection features, added to the logits of the named tasks only; `missing` at serving."""
+    """A shallow tower on selection features for the named tasks only; `missing` at serving. form: its output is added
+    to their logits (sum), or is the chance that the row was looked at, by which theirs is multiplied (product: PAL).
+    """
 
     features: tuple[str, ...]
     tasks: tuple[str, ...]
+    form: Literal["sum", "product"] = "sum"
     dropout: float = 0.1
     layers: tuple[int, ...] = (16,)
 
 
 @dataclass(frozen=True)
-class BalanceConfig:
-    """How the tasks' losses become one: fixed weights, 1 where not named."""
-
-    kind: Literal["fixed"] = "fixed"
-    weights: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """body: {kind, and that body's own settings}. tower_layers: the hidden layers of each task's tower."""
+    """body: {kind, and that body's own settings}; encoder, balance: likewise; auxiliary: likewise, by names of your
+    choice. tower_layers: the hidden layers of each task's tower.
+    """
 
     body: dict[str, Any]
     tower_layers: tuple[int, ...] = (64,)
+    encoder: dict[str, Any] | None = None
     position: PositionConfig | None = None
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    auxiliary: dict[str, dict[str, Any]] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=lambda: {"kind": "fixed"})
 
 
 @dataclass(frozen=True)
@@ -203,6 +254,13 @@ class FusionConfig:
 
 
 @dataclass(frozen=True)
+class ServingConfig:
+    """item: the features that belong to an item; all others are the user's or the request's, for export."""
+
+    item: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     mlflow: str = "sqlite:///mlflow.db"
 
@@ -225,12 +283,27 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     nightly: NightlyConfig = field(default_factory=NightlyConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> Config:
     """Read and check a configuration. overrides: `dotted.path=value`, the value in YAML."""
+    tree = _read(path, ())
+    for override in overrides:
+        _override(tree, override)
+    config = _validate(tree, path)
+    _check_names(config, path)
+    _check_numbers(config, path)
+    return _absolute(config)
+
+
+def _read(path: str, readers: tuple[str, ...]) -> dict[str, Any]:
+    """A file's tree, laid over that of the file which it extends. readers: the files that led here."""
+    if path in readers:
+        circle = " -> ".join([*readers, path])
+        raise UserError("files extend each other in a circle", path, got=circle, do="drop one extends")
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -246,12 +319,28 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
             got=type(tree).__name__,
             expected="keys such as name, data, tasks",
         )
-    for override in overrides:
-        _override(tree, override)
-    config = _validate(tree, path)
-    _check_names(config, path)
-    _check_numbers(config, path)
-    return _absolute(config)
+    extended = tree.pop("extends", None)
+    if extended is None:
+        return tree
+    if not isinstance(extended, str):
+        raise UserError("wrong value", f"{path}: extends", got=repr(extended), expected="the path of a file")
+    return _laid_over(_read(str(Path(path).parent / extended), (*readers, path)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are laid over each other key by key, except that one with a `kind` takes the whole place; null takes a
+    key away.
+    """
+    laid = dict(below)
+    for key, value in above.items():
+        before = laid.get(key)
+        if value is None:
+            laid.pop(key, None)
+        elif isinstance(value, dict) and isinstance(before, dict) and "kind" not in value:
+            laid[key] = _laid_over(before, value)
+        else:
+            laid[key] = value
+    return laid
 
 
 def _absolute(config: Config) -> Config:
@@ -383,7 +472,7 @@ def _check_names(config: Config, where: str) -> None:
         if not _NAME.fullmatch(name):  # names become folders and parts of addresses
             expected = "letters, digits, _, - and points, one of the first three at the start"
             raise UserError("not a name", f"{where}: {place}", got=repr(name), expected=expected, do=_CORRECT)
-    events = [SIGHTINGS, IMPRESSIONS, *(name for name, task in config.tasks.items() if task.loss == "bce")]
+    events = [SIGHTINGS, IMPRESSIONS, *(name for name, task in config.tasks.items() if task.is_event)]
     _check_kinds(config, where)
     id_features = [name for name, feature in config.features.items() if feature.kind in ("id", "ids")]
     for name, feature in config.features.items():
@@ -398,39 +487,38 @@ def _check_names(config: Config, where: str) -> None:
                 do=f"add table: {nearest(name, config.tables)}",
             )
         _known(table, config.tables, f"{where}: features.{name}.table", "table")
-    for name, task in config.tasks.items():
-        for relation in ("given", "where"):
-            parent = getattr(task, relation)
-            if parent is not None:
-                _known(parent, config.tasks, f"{where}: tasks.{name}.{relation}", "task")
-                if config.tasks[parent].loss != "bce":
-                    got, expected = f"loss: {config.tasks[parent].loss}", "a task with loss: bce"
-                    do = "hang it on another task"
-                    raise UserError(
-                        f"'{parent}' is no event",
-                        f"{where}: tasks.{name}.{relation}",
-                        got=got,
-                        expected=expected,
-                        do=do,
-                    )
-        if task.given and (task.where or task.loss != "bce"):
-            got, do = f"loss: {task.loss}, where: {task.where}", "drop given, or where, or make it an event"
-            raise UserError("given goes with loss: bce and without where", f"{where}: tasks.{name}", got=got, do=do)
-        if task.loss == "bce" and (task.transform != "none" or task.scale != 1):
-            got, do = f"transform: {task.transform}, scale: {task.scale}", "drop them, or set loss: mse"
-            raise UserError("transform and scale go with loss: mse", f"{where}: tasks.{name}", got=got, do=do)
+    for name in config.serving.item:
+        _known(name, config.features, f"{where}: serving.item", "feature")
+    for name in config.tasks:
+        _check_task(config, name, where)
+    _check_no_circle(config.tasks, where)
     for name, table_config in config.tables.items():
         for event in table_config.value:
             _known(event, events, f"{where}: tables.{name}.value", "event")
-    for name in config.tasks:
-        _check_no_circle(config.tasks, name, where)
     if position := config.model.position:
         for feature_name in position.features:
             _known(feature_name, id_features, f"{where}: model.position.features", "id feature")
         for task_name in position.tasks:
             _known(task_name, config.tasks, f"{where}: model.position.tasks", "task")
-    for task_name in config.model.balance.weights:
-        _known(task_name, config.tasks, f"{where}: model.balance.weights", "task")
+        _check_position(config, position, where)
+    _check_leakage(config, where)
+
+
+def _check_position(config: Config, position: PositionConfig, where: str) -> None:
+    """What the position tower reads is a vector that it alone drops; what it tells belongs to a head."""
+    for name in position.features:
+        if config.features[name].pool == "none":
+            raise UserError("a selection feature must be pooled", f"{where}: features.{name}.pool", do="set pool: mean")
+        if config.features[name].dropout:
+            place, do = f"{where}: features.{name}.dropout", "drop it, and set model.position.dropout"
+            raise UserError("a selection feature is dropped by the position tower", place, do=do)
+    for name in position.tasks:
+        task, place = config.tasks[name], f"{where}: model.position.tasks"
+        if task.head is not None:
+            raise UserError(f"'{name}' has no head of its own", place, do=f"name {task.head.partition('@')[0]!r}")
+        if position.form == "product" and not task.is_event:
+            got, expected = f"loss: {task.loss_kind}", "a task with loss: bce"
+            raise UserError(f"'{name}' is no event, and form: product multiplies chances", place, got, expected)
 
 
 def _check_kinds(config: Config, where: str) -> None:
@@ -459,14 +547,84 @@ def _check_statistics(config: Config, name: str, events: list[str], place: str) 
             _known(event, events, f"{place}.of", "event")
 
 
-def _check_no_circle(tasks: Mapping[str, TaskConfig], name: str, where: str) -> None:
-    path, at = [name], tasks[name].given or tasks[name].where
-    while at is not None:
-        if at in path:
-            got, do = " -> ".join([*path, at]), "drop one task's given or where"
+# Settings of a task that need another one, or that only an event or a regression has.
+_NEEDS = {"via": "given", "propensity": "given"}
+_OF_EVENTS = ("given", "via", "propensity", "positive_weight", "negatives_kept", "transfer", "cascade")
+_OF_HEADS = ("given", "via", "links", "transfer", "cascade", "propensity")
+
+
+def _check_task(config: Config, name: str, where: str) -> None:
+    """What a task hangs on is there, is an event with a head, and goes together."""
+    task, place, tasks = config.tasks[name], f"{where}: tasks.{name}", config.tasks
+    default = TaskConfig()
+    given = {setting for setting in (*_OF_EVENTS, *_OF_HEADS) if getattr(task, setting) != getattr(default, setting)}
+    for setting, parent in task.parents.items():
+        _known(parent, tasks, f"{place}.{setting}", "task")
+        if tasks[parent].head is not None:
+            do = f"name {tasks[parent].head!r}, or another task"
+            raise UserError(f"'{parent}' has no head of its own", f"{place}.{setting}", do=do)
+        if not tasks[parent].is_event and setting in ("given", "via", "where", "transfer", "cascade"):
+            got, expected = f"loss: {tasks[parent].loss_kind}", "a task with loss: bce"
+            raise UserError(
+                f"'{parent}' is no event", f"{place}.{setting}", got=got, expected=expected, do="hang it on another"
+            )
+    for setting, needed in _NEEDS.items():
+        if setting in given and not getattr(task, needed):
+            raise UserError(f"{setting} goes with {needed}", f"{place}.{setting}", do=f"add {needed}: the event before")
+    if task.via and tasks[task.via].given != task.given:
+        got = f"{task.via} is given {tasks[task.via].given}, {name} is given {task.given}"
+        do = f"set tasks.{task.via}.given to {task.given}"
+        raise UserError("a task and its via must be given the same event", f"{place}.via", got=got, do=do)
+    if task.negatives_kept != 1 and (task.given or task.where):
+        do = "set it on the task that stands alone, or weigh rows by one over the share: weight"
+        got = f"given: {task.given}, where: {task.where}"
+        raise UserError("negatives_kept goes without given and where", f"{place}.negatives_kept", got=got, do=do)
+    for setting, clashing in (("transfer", ("where",)), ("cascade", ("given", "where"))):
+        for other in clashing if setting in given else ():
+            if getattr(task, other):
+                got = f"{setting}: {getattr(task, setting)}, {other}: {getattr(task, other)}"
+                do = f"drop {other}: the label is 0 where {getattr(task, setting)} did not happen"
+                raise UserError(f"{setting} is between events over every row", f"{place}.{setting}", got=got, do=do)
+    if task.calibrator != default.calibrator and not task.transfer:
+        raise UserError("calibrator goes with transfer", f"{place}.calibrator", do="add transfer: the task before")
+    if task.given and task.where:
+        raise UserError("given goes without where", place, got=f"where: {task.where}", do="drop one of them")
+    for setting in given & set(_OF_EVENTS):
+        if not task.is_event:
+            raise UserError(f"{setting} goes with loss: bce", f"{place}.{setting}", got=f"loss: {task.loss_kind}")
+    for setting in given & set(_OF_HEADS):
+        if task.head:
+            raise UserError(f"{setting} goes without head", f"{place}.{setting}", got=f"head: {task.head}")
+    if task.is_event and (task.transform != "none" or task.scale != 1):
+        got, do = f"transform: {task.transform}, scale: {task.scale}", "drop them, or set loss: mse"
+        raise UserError("transform and scale go with a regression", place, got=got, do=do)
+
+
+def _check_no_circle(tasks: Mapping[str, TaskConfig], where: str) -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            got, do = " -> ".join([*path, name]), "drop one of these relations"
             raise UserError("the tasks hang on each other in a circle", f"{where}: tasks.{name}", got=got, do=do)
-        path.append(at)
-        at = tasks[at].given or tasks[at].where
+        for parent in () if name in done else tasks[name].parents.values():
+            visit(parent, (*path, name))
+        done.add(name)
+
+    for name in tasks:
+        visit(name, ())
+
+
+def _check_leakage(config: Config, where: str) -> None:
+    """No feature reads a column from which a label is made: it would tell the answer."""
+    for task_name, task in config.tasks.items():
+        told = set(parse(task.label or f"`{task_name}`", f"{where}: tasks.{task_name}.label").columns)
+        for name, feature in config.features.items():
+            column = feature.column or name
+            if feature.kind != "id_stats" and column in told - set(config.data.known):
+                got = f"column '{column}' makes the label of task '{task_name}'"
+                do = f"drop the feature, or, if it is known when a row is scored, set data.known: [{column}]"
+                raise UserError("a label is used as a feature", f"{where}: features.{name}", got=got, do=do)
 
 
 def _table_bounds(table: TableConfig) -> dict[str, tuple[float, float, float]]:
@@ -491,6 +649,7 @@ def _table_bounds(table: TableConfig) -> dict[str, tuple[float, float, float]]:
 def _check_numbers(config: Config, where: str) -> None:
     """Bounds that types do not say."""
     rows = {name: v for name, v in dataclasses.asdict(config.train.rows).items() if name != "optimizer"}
+    propensities = {name: task.propensity for name, task in config.tasks.items() if task.propensity}
     bounds: dict[str, tuple[float, float, float]] = {
         "data.lanes": (config.data.lanes, 1, 65_536),
         "train.workers": (config.train.workers, 1, config.data.lanes),
@@ -502,7 +661,11 @@ def _check_numbers(config: Config, where: str) -> None:
         **{f"features.{n}.smoothing": (f.smoothing, 1e-6, 1e9) for n, f in config.features.items()},
         **{f"features.{n}.max_len": (f.max_len, 1, 2**31) for n, f in config.features.items()},
         **{f"model.tower_layers.{i}": (width, 1, 2**20) for i, width in enumerate(config.model.tower_layers)},
-        **{f"model.balance.weights.{n}": (weight, 0, 10**6) for n, weight in config.model.balance.weights.items()},
+        **{f"tasks.{n}.positive_weight": (t.positive_weight, 1e-6, 1e6) for n, t in config.tasks.items()},
+        **{f"tasks.{n}.negatives_kept": (t.negatives_kept, 1e-9, 1) for n, t in config.tasks.items()},
+        **{f"tasks.{n}.calibrator": (t.calibrator, 0, 1e6) for n, t in config.tasks.items()},
+        **{f"tasks.{n}.propensity.least": (p.least, 1e-6, 1) for n, p in propensities.items()},
+        **{f"tasks.{n}.propensity.product": (p.product, 0, 1e6) for n, p in propensities.items()},
         "train.seed": (config.train.seed, 0, 2**63 - 1),
         **{f"train.rows.{n}": (v, 0, 10**6) for n, v in rows.items() if v is not None},
         **({"train.rows.eps": (rows["eps"], 1e-30, 10**6)} if rows["eps"] is not None else {}),  # 0 / 0 is NaN

@@ -5,15 +5,17 @@ Every function is collective: all workers call it with the same plan.
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from embeddings.accounts import account
-from trainer.agree import agreed
+from trainer.agree import agreed, together
 from trainer.data import Batch, DayPlan, Logs
 from trainer.errors import UserError
+from trainer.heads import TaskGraph
 from trainer.learner import Learner
 from trainer.metrics import Evaluation
 from trainer.step import score_step, train_step
@@ -31,10 +33,11 @@ def shares(
     """
     exchange = learner.exchange
     learner.embeddings.shard.begin_day(plan.day.toordinal())
-    reader = logs.read(
-        plan, batch_size=batch_size, lanes=lanes, rank=exchange.rank, num_workers=exchange.num_workers, seed=seed
+    mine = {"rank": exchange.rank, "num_workers": exchange.num_workers}
+    whole_groups = seed is not None and learner.in_lists
+    return agreed(
+        exchange, logs.read(plan, batch_size=batch_size, lanes=lanes, seed=seed, whole_groups=whole_groups, **mine)
     )
-    return agreed(exchange, reader)
 
 
 def score_day(
@@ -47,7 +50,7 @@ def score_day(
     mine = Evaluation(graph.addresses, gauc)
     done = 0
     for batch in shares(learner, logs, plan, batch_size, lanes):
-        predictions = graph.predictions(score_step(learner, batch))
+        predictions = graph.predictions(score_step(learner, batch), batch.labels_BT.to(learner.device))
         for address, answers_B in graph.answers(batch.labels_BT).items():
             mine.add(address, predictions[address], answers_B, batch.groups_B)
         done += batch.num_rows
@@ -68,27 +71,37 @@ def score_day(
 def train_day(
     learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, progress: Progress
 ) -> dict[str, Any]:
-    """One pass over a day's rows, then evictions. Returns what was counted, over all workers: losses, nulls, ids,
-    steps.
+    """One pass over a day's rows, then evictions. Returns what was counted, over all workers: losses, their weights,
+    gates, nulls, ids, steps; of lists, where a loss wants them, how many a row group's end cuts in two.
     """
     exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
-    losses_T = torch.zeros(len(learner.graph.tasks))
+    mean_2N = torch.zeros(2, len(learner.losses), dtype=torch.float64)
+    answered_T = torch.zeros(len(learner.graph.tasks), dtype=torch.int64)
+    new = int(learner.averaged.n_averaged) == 0
+    learner.health.reset()
     nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels), dtype=torch.int64)
     steps = done = 0
     for batch in shares(learner, logs, plan, batch_size, lanes, learner.seed):
-        losses_T += train_step(learner, batch, plan.day.toordinal()).cpu()
+        mean_2N += torch.stack(train_step(learner, batch, plan.day.toordinal())).cpu()
+        answered_T += answered_rows(learner.graph, batch.labels_BT)
         empty = [(ids.lengths_B == 0).sum() for ids in batch.ids.values()]
         nulls += torch.stack([*empty, *batch.numbers_BK.isnan().sum(0), *batch.labels_BT.isnan().sum(0)])
         steps, done = steps + 1, done + batch.num_rows
         progress("train", done * exchange.num_workers)
-    losses = dict(zip(learner.graph.tasks, (exchange.all_reduce(losses_T) / steps).tolist(), strict=True))
+    losses, weights = (dict(zip(learner.losses, each.tolist(), strict=True)) for each in mean_2N / steps)
+    if new:
+        check_answered(learner, plan, exchange.all_reduce(answered_T).tolist())
     check_finite(learner, losses)
     shard.end_day()
     columns = [*schema.ids, *schema.numbers, *schema.labels]
     counted = dict(zip(columns, exchange.all_reduce(nulls).tolist(), strict=True))
+    cut = together(exchange, lambda: 0 if exchange.rank else logs.cut_groups(plan)) if learner.in_lists else 0
     return {
         "steps": steps,
+        "cut_lists": cut,
         "losses": losses,
+        "weights": weights,
+        "gates": learner.health.report(exchange, learner.graph.with_head),
         "nulls": {c: n for c, n in counted.items() if n},
         "ids": account(shard),
     }
@@ -130,10 +143,26 @@ def run_day(
     }
 
 
+def answered_rows(graph: TaskGraph, labels_BT: Tensor) -> Tensor:
+    """On how many rows each task's event could happen, and it is known whether it did: [T]."""
+    possible_BT = torch.stack([graph.happened(name, labels_BT) == 1 for name in graph.tasks], dim=1)
+    return (possible_BT & ~graph.targets(labels_BT).isnan()).sum(0)
+
+
+def check_answered(learner: Learner, plan: DayPlan, rows_T: Sequence[int]) -> None:
+    """A task that has no row on its first day is a mistake in the configuration."""
+    for (name, task), rows in zip(learner.graph.tasks.items(), rows_T, strict=True):
+        if rows == 0:
+            hangs = f", and rows where {task.given or task.where} happened" if task.given or task.where else ""
+            expected, do = f"labels{hangs}", "correct the label, or drop the task; the day before is untouched"
+            got = f"none in the {plan.num_rows} rows of day {plan.day}"
+            raise UserError("a task has no row to learn from", f"tasks.{name}", got=got, expected=expected, do=do)
+
+
 def check_finite(learner: Learner, losses: Mapping[str, float]) -> None:
     """A day that ran away is never committed."""
     bad = [name for name, loss in losses.items() if not loss == loss or abs(loss) == float("inf")]
-    bad += [name for name, value in learner.model.named_parameters() if not value.isfinite().all()]
+    bad += [name for name, value in learner.named_parameters().items() if not value.isfinite().all()]
     if bad:
         do = "lower train.dense.lr or train.rows.lr; the day before is untouched"
         raise UserError(

@@ -4,6 +4,8 @@ Dropout of ids, positions and gates draws from here, so law 1 (the number of wor
 with dropout on. Shape letter: B rows.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,11 @@ class Draws:
         """Float32 in [0, 1): [B, columns]. The stream names what is drawn; streams are independent."""
         column = hash64(torch.arange(columns, device=self._row_B.device) + hash_name(stream, 0))
         return ((hash64(self._row_B.unsqueeze(1) ^ column) >> 40) + 2**23).float() / 2**24
+
+    def normal(self, stream: str, columns: int) -> Tensor:
+        """Standard normal: [B, columns]."""
+        # the middle of each step of 2^-23 between -1 and 1: exact in float32 in this order, never -1 or 1 themselves
+        return math.sqrt(2) * torch.erfinv(2 * self.uniform(stream, columns) - 1 + 2.0**-24)
 
     def keep(self, stream: str, dropout: float) -> Tensor:
         """1 where the row keeps what the stream names, 0 (with probability dropout) where it is dropped: [B]."""

@@ -1,101 +1,92 @@
-"""The dense net: a body, a tower a task, and the shallow position tower.
+"""The dense net: an encoder of behaviours if any, a body, the towers, and the shallow position tower.
 
-Shape letters: B rows, I input width, T tasks, H width of a task's input, D floats of a selection feature.
+Shape letters: B rows, I input width, R encoder's width, L logits, D floats of a selection feature, P tasks with a
+position tower.
 """
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from trainer.bodies import BODIES, Body, StackedLinear, StackedMlp
-from trainer.config import nearest
+from trainer.bodies import Body, Shared
 from trainer.draws import Draws
-from trainer.errors import UserError
+from trainer.encoders import Encoder
+from trainer.features import Inputs
+from trainer.layers import StackedMlp
+from trainer.towers import Towers
 
 
 class PositionTower(nn.Module):
-    """A shallow net on selection features whose output is added to the logits of some tasks; a missing feature has a
-    learnt vector.
+    """A shallow net on selection features, one logit for each of some tasks; a missing feature has a learnt vector.
 
     Source: Zhao et al.: Recommending what video to watch next, RecSys 2019, section 4.3.
     """
 
-    def __init__(self, dims: Sequence[int], layers: tuple[int, ...], tasks: Sequence[int], num_tasks: int):
+    def __init__(self, dims: Sequence[int], layers: tuple[int, ...], num_tasks: int):
         super().__init__()
         self.missing = nn.ParameterList(torch.zeros(dim) for dim in dims)
         self.net = StackedMlp(1, sum(dims), layers)
-        self.out = nn.Linear(self.net.output_dim, len(tasks))
-        self.register_buffer("to_tasks", torch.eye(num_tasks)[list(tasks)], persistent=False)
+        self.out = nn.Linear(self.net.output_dim, num_tasks)
 
     def forward(self, selection: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """What to add to the logits: [B, T], zero for every other task. selection: vectors [B, D] (zeros where
-        missing), presence [B].
-        """
+        """[B, P]. selection: vectors [B, D] (zeros where missing), presence [B]."""
         vectors = [
             vector_BD + (1 - present_B).unsqueeze(1) * missing_D
             for (vector_BD, present_B), missing_D in zip(selection, self.missing, strict=True)
         ]
         hidden = self.net(torch.cat(vectors, dim=1).unsqueeze(0))[0]
-        return self.out(hidden) @ self.to_tasks
+        logits_BP: Tensor = self.out(hidden)
+        return logits_BP
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """logits_BL: of all heads. shown_BP: what the position tower gives, where it is no part of the logits. shared: what
+    the body made.
+    """
+
+    logits_BL: Tensor
+    shown_BP: Tensor | None
+    shared: Shared
 
 
 class MultiTaskModel(nn.Module):
-    """body: maps x_BI to h_TBH. tower_layers: hidden layers of each task's tower. position: the shallow tower, if
-    any.
+    """position: the shallow tower, if any. adds_to: for each of its tasks the logits that it is added to; None: it
+    stands beside them.
     """
 
+    adds_PL: Tensor | None
+
     def __init__(
-        self, body: Body, num_tasks: int, tower_layers: tuple[int, ...], position: PositionTower | None = None
+        self,
+        body: Body,
+        towers: Towers,
+        *,
+        encoder: Encoder | None = None,
+        position: PositionTower | None = None,
+        adds_to: Sequence[Sequence[int]] | None = None,
     ):
         super().__init__()
-        self.body = body
-        self.towers = StackedMlp(num_tasks, body.output_dim, tower_layers)
-        self.out = StackedLinear(num_tasks, self.towers.output_dim, 1)
-        self.position = position
+        self.encoder, self.body, self.towers, self.position = encoder, body, towers, position
+        adds_PL = None
+        if adds_to is not None:
+            adds_PL = torch.zeros(len(adds_to), towers.num_logits)
+            for place, logits in enumerate(adds_to):
+                adds_PL[place, list(logits)] = 1.0
+        self.register_buffer("adds_PL", adds_PL, persistent=False)
 
-    def forward(self, x_BI: Tensor, selection: Sequence[tuple[Tensor, Tensor]], draws: Draws | None) -> Tensor:
-        """The tasks' conditional logits: [B, T], float32."""
-        towers_TBH = self.towers(self.body(x_BI, draws))
-        logits_BT = self.out(towers_TBH).squeeze(2).T.float()
-        return logits_BT if self.position is None else logits_BT + self.position(selection).float()
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-# What a body's setting may be, by its annotation; a parameter with another annotation is not for the configuration.
-_SETTINGS: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    int: (_is_count, "a whole number from 1 up"),
-    float: (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
-    tuple[int, ...]: (
-        lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
-        "a list of whole numbers from 1 up",
-    ),
-}
-
-
-def make_body(settings: Mapping[str, Any], input_dim: int, num_tasks: int) -> Body:
-    """The body that a configuration names: {kind: mmoe, num_experts: 8, ...}."""
-    options = dict(settings)
-    kind = str(options.pop("kind", ""))
-    if kind not in BODIES:
-        raise UserError(f"no body is called '{kind}'", "model.body.kind", do=nearest(kind, BODIES))
-    parameters = inspect.signature(BODIES[kind]).parameters
-    known = {name: p.annotation for name, p in list(parameters.items())[2:] if p.annotation in _SETTINGS}
-    for option, value in options.items():
-        if option not in known:
-            raise UserError(f"unknown key '{option}'", f"model.body ({kind})", do=nearest(option, known))
-        fits, expected = _SETTINGS[known[option]]
-        if not fits(value):
-            got, do = str({option: value}), "correct the body's settings"
-            raise UserError("wrong value", f"model.body ({kind})", got=got, expected=expected, do=do)
-    try:
-        return BODIES[kind](input_dim, num_tasks, **options)
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise UserError(
-            "wrong value", f"model.body ({kind})", got=f"{options}: {error}", do="correct the body's settings"
-        ) from None
+    def forward(self, inputs: Inputs, draws: Draws | None) -> Outputs:
+        """draws None: scoring."""
+        x_BI = inputs.x_BI
+        if self.encoder is not None:
+            x_BI = torch.cat([x_BI, self.encoder(inputs, draws).float()], dim=1)
+        shared = self.body(self.body.entry(x_BI), draws)
+        logits_BL = self.towers(shared.h_TBH)
+        if self.position is None:
+            return Outputs(logits_BL, None, shared)
+        shown_BP = self.position(inputs.selection).float()
+        if self.adds_PL is None:
+            return Outputs(logits_BL, shown_BP, shared)
+        return Outputs(logits_BL + shown_BP @ self.adds_PL, None, shared)

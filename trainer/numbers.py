@@ -4,6 +4,8 @@ checkpoint.
 Shape letters: B rows, K numbers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,12 @@ class NumberStats:
         null_BK = numbers_BK.isnan()
         values_BK = torch.where(null_BK, 0.0, (numbers_BK.double() - self.mean_K) * scale_K)
         return torch.cat([values_BK.float(), null_BK.float()], dim=1)
+
+    def select(self, numbers: Sequence[int]) -> "NumberStats":
+        """The statistics of some of the numbers."""
+        some = NumberStats(len(numbers))
+        some.load({name: value[list(numbers)] for name, value in self.state().items()})
+        return some
 
     def state(self) -> dict[str, Tensor]:
         return {"count": self.count_K, "mean": self.mean_K, "m2": self.m2_K}

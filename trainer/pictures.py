@@ -1,13 +1,16 @@
-"""The picture of a model's days: AUC and calibration of every task, day by day.
+"""Pictures of a model: AUC and calibration of every task, day by day; and which experts a day's gates mixed.
 
-In: the history of a model, `[(day, {"click@all/auc": 0.71, "click@all/calibration": 1.02, ...}), ...]`, sorted by day;
-a metric may be absent or NaN. Out: a PNG of two panels with one line per address (task@space), named at its end.
+days: from `[(day, {"click@all/auc": 0.71, "click@all/calibration": 1.02, ...}), ...]`, sorted by day; a metric may be
+absent or NaN; a PNG of two panels with one line per address (task@space), named at its end. gates: from the gates of a
+day's report; a PNG with a heat-map a level, a row a gate and a column an expert.
+
 Drawn with matplotlib's objects on its Agg canvas: no window, no global state. Importing matplotlib takes 1-2 s.
 """
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,6 +63,48 @@ def days_figure(history: History, title: str = "") -> Figure:
             axes.plot(values, color=colors[address], linewidth=1.6, marker="o", markersize=dot, zorder=3, label=address)
         _scale_calibration(axes, lines) if metric == "calibration" else _scale_auc(axes, lines)
         _name_lines(axes, lines, colors)
+    return figure
+
+
+def gates_picture(gates: Mapping[str, Mapping[str, Any]], title: str = "", dpi: float = 150.0) -> bytes:
+    """The PNG of `gates_figure`."""
+    out = io.BytesIO()
+    gates_figure(gates, title).savefig(out, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.15)
+    return out.getvalue()
+
+
+def gates_figure(gates: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
+    """A heat-map a level: the mean share of each expert in each gate, the gate's entropy behind its name; white is
+    none, the darkest all.
+    """
+    assert gates, "a picture needs at least one level"
+    columns = max(len(shares) for entry in gates.values() for shares in entry["mean"].values())
+    heights = [0.36 * len(entry["mean"]) for entry in gates.values()]
+    width, height = 0.62 * columns, sum(heights) + 0.8 * len(heights) + 0.5  # inches
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.0, 1.0, title, va="top", color=INK, fontsize=FONT_POINTS + 2, weight="bold")
+    top = height - 0.2
+    for (level, entry), inches in zip(gates.items(), heights, strict=True):
+        top -= inches + 0.8
+        axes = figure.add_axes((0.0, (top + 0.4) / height, 1.0, inches / height))
+        share_GE = [list(shares.values()) for shares in entry["mean"].values()]
+        axes.imshow(share_GE, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+        dead = f", {entry['dead_units']:.0%} dead units" if "dead_units" in entry else ""
+        axes.set_title(
+            f"{level}: least used expert {entry['least']:.3f}{dead}", loc="left", color=INK, fontsize=FONT_POINTS
+        )
+        names = [f"{gate}  ({entropy:.2f})" for gate, entropy in entry["entropy"].items()]
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(share_GE[0])), [str(1 + expert) for expert in range(len(share_GE[0]))])
+        axes.tick_params(length=0, colors=INK, labelsize=FONT_POINTS)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        for gate, shares in enumerate(share_GE):
+            for expert, share in enumerate(shares):
+                color = "white" if share > 0.55 else INK
+                axes.text(expert, gate, f"{share:.2f}", ha="center", va="center", color=color, fontsize=FONT_POINTS - 1)
+    below = "expert; behind a gate's name its entropy, 1: equal shares"
+    figure.text(0.0, 0.0, below, va="bottom", color=INK, fontsize=FONT_POINTS)
     return figure
 
 

@@ -8,12 +8,33 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from trainer.data import open_filesystem
 from trainer.errors import UserError
+from trainer.heads import TaskGraph
 
 _PART = re.compile(r"part-\d{5}-of-\d{5}\.parquet(\.tmp)?")
+
+
+def told(graph: TaskGraph, logits_BL: Tensor, labels_BT: Tensor, powers: Mapping[str, float]) -> dict[str, Tensor]:
+    """What the world is told of some rows: by address each prediction in the unit of its label, and the fused `score`,
+    the product of predictions to their powers. A ranking's score has no unit: it counts as a logarithm. labels_BT: see
+    TaskGraph.predictions.
+    """
+    predictions, log_score_B = graph.predictions(logits_BL, labels_BT), torch.zeros_like(logits_BL[:, 0])
+    for address, power in powers.items():
+        ranks = graph.addresses[address] == "ranking"
+        log_score_B = log_score_B + power * (
+            predictions[address] if ranks else predictions[address].clamp(min=1e-30).log()
+        )
+    in_units = {
+        address: graph.tasks[address.split("@")[0]].to_label(predictions[address])
+        for address, kind in graph.addresses.items()
+        if kind == "regression"
+    }
+    return predictions | in_units | {"score": log_score_B.exp()}
 
 
 class PredictionFile:

@@ -93,9 +93,9 @@ def test_columns_have_the_types_that_readers_are_promised(three_days: Path) -> N
     assert types == {
         **dict.fromkeys(["impression_id", "request_id", "ts_ms", "user_id", "item_id"], "int64"),
         **dict.fromkeys(["category", "device"], "string"),
-        **dict.fromkeys(["price", "item_age_h", "weight", "watch_s"], "float"),
+        **dict.fromkeys(["price", "item_age_h", "duration_s", "weight", "watch_s"], "float"),
         **dict.fromkeys(["position", "click", "cart", "buy"], "int8"),
-        "history": "list<item: int64>",
+        **dict.fromkeys(["history", "history_outcome"], "list<item: int64>"),
     }
 
 
@@ -103,7 +103,7 @@ def test_every_day_has_two_files_of_even_row_groups_in_the_order_of_time(tmp_pat
     simulate(str(tmp_path), days=1, **{**SIZES, "rows_per_day": 40_004})
     parts = [pq.ParquetFile(path) for path in sorted((tmp_path / "logs" / f"day={START}").iterdir())]
     groups = [[part.metadata.row_group(i).num_rows for i in range(part.num_row_groups)] for part in parts]
-    assert groups == [[10_004, 10_004], [9_998, 9_998]]
+    assert groups == [[10_008, 10_000], [10_000, 9_996]]  # whole requests of eight
     logs = read(tmp_path, "logs", 0)
     midnight_ms = pd.Timestamp(START, tz="UTC").value // 10**6
     assert logs.ts_ms.is_monotonic_increasing and (logs.ts_ms - midnight_ms).between(0, 86_399_999).all()

@@ -13,10 +13,11 @@ import yaml
 
 from embeddings.optim import OPTIMIZERS
 from embeddings.table import Admission
+from trainer.bodies import BODIES
 from trainer.config import Config, as_dict, flatten, load, nearest
 from trainer.errors import UserError
 from trainer.learner import check, row_optimizer
-from trainer.model import make_body
+from trainer.pieces import Names, make
 
 GOOD = """
 name: small
@@ -103,7 +104,7 @@ def test_what_is_written_is_read_with_its_names_and_in_its_order(path: Path) -> 
     assert config.features["history"].max_len == 10 and config.features["price"].transform == "log1p"
     assert config.tasks["watch"].label == "watch_s" and config.tasks["buy"].given == "cart"
     assert config.model.body == {"kind": "mmoe", "num_experts": 3}
-    assert config.model.balance.weights == {"watch": 0.1}
+    assert config.model.balance == {"weights": {"watch": 0.1}}
 
 
 def test_a_configuration_is_frozen(path: Path) -> None:
@@ -212,7 +213,6 @@ def test_a_file_that_is_not_there_is_told_by_its_path(tmp_path: Path) -> None:
         ("tasks.cart.givn=click", "given"),
         ("model.towers_layers=[8]", "tower_layers"),
         ("model.position.feature=[position]", "features"),
-        ("model.balance.weight={}", "weights"),
         ("train.rows.learn=0.1", "lr"),
         ("train.rows.bets1=0.9", "beta1"),
         ("train.payloads=bf16", "payload"),
@@ -342,7 +342,6 @@ def test_a_value_of_a_wrong_type_is_told_in_the_words_of_yaml(
         ("model.tower_layers=[8, 0]", "1 .. 1048576"),
         ("model.position.layers=[-1]", "1 .. 1048576"),
         ("model.position.dropout=2", "0 .. 1"),
-        ("model.balance.weights.watch=-1", "0 .. 1000000"),
     ],
 )
 def test_a_number_out_of_its_bounds_is_told_with_the_bounds(path: Path, override: str, expected: str) -> None:
@@ -379,19 +378,67 @@ def test_an_empty_section_is_refused(path: Path, section: str) -> None:
         (
             "tasks.buy.where=click",
             "tasks.buy",
-            "given goes with loss: bce and without where\n  got loss: bce, where: click",
+            "given goes without where\n  got where: click",
         ),
         (
             "tasks.cart.scale=2",
             "tasks.cart",
-            "transform and scale go with loss: mse\n  got transform: none, scale: 2.0",
+            "transform and scale go with a regression\n  got transform: none, scale: 2.0",
         ),
         (
             "tables.user.dim=6",
             "tables.user.dim",
             "a width that the kernels cannot keep\n  got 6\n  expected a multiple of 4",
         ),
-        ("tasks.watch.given=click", "tasks.watch", "given goes with loss: bce and without where\n  got loss: mse"),
+        ("tasks.watch.given=click", "tasks.watch", "given goes without where\n  got where: click"),
+        (
+            "tasks.buy={given: click, via: watch}",
+            "tasks.buy.via",
+            "'watch' is no event\n  got loss: mse\n  expected a task with loss: bce",
+        ),
+        (
+            "tasks.buy={via: cart}",
+            "tasks.buy.via",
+            "via goes with given\n  -> add given: the event before",
+        ),
+        (
+            "tasks={click: {}, cart: {}, buy: {given: click, via: cart}, watch: {loss: mse}}",
+            "tasks.buy.via",
+            "a task and its via must be given the same event\n  got cart is given None, buy is given click\n  -> set",
+        ),
+        (
+            "tasks.buy={given: click, propensity: {kind: ips}, where: cart}",
+            "tasks.buy",
+            "given goes without where\n  got where: cart",
+        ),
+        ("tasks.again={head: watchs}", "tasks.again.head", "no task is called 'watchs'\n  -> did you mean 'watch'?"),
+        ("tasks.cart.links=[clik]", "tasks.cart.links.0", "no task is called 'clik'\n  -> did you mean 'click'?"),
+        ("tasks.cart.calibrator=0.5", "tasks.cart.calibrator", "calibrator goes with transfer"),
+        (
+            "tasks.buy={where: click, transfer: click}",
+            "tasks.buy.transfer",
+            "transfer is between events over every row\n  got transfer: click, where: click\n  -> drop where",
+        ),
+        (
+            "tasks.buy={given: click, cascade: click}",
+            "tasks.buy.cascade",
+            "cascade is between events over every row\n  got cascade: click, given: click\n  -> drop given",
+        ),
+        (
+            "tasks.cart.propensity={kind: ips, product: -1}",
+            "tasks.cart.propensity.product",
+            "out of bounds\n  got -1.0",
+        ),
+        (
+            "tasks.cart.negatives_kept=0.1",
+            "tasks.cart.negatives_kept",
+            "negatives_kept goes without given and where\n  got given: click, where: None",
+        ),
+        (
+            "tasks.late={label: 2 * price}",
+            "features.price",
+            "a label is used as a feature\n  got column 'price' makes the label of task 'late'\n  -> drop the feature,",
+        ),
         ("model.position.features=[price]", "model.position.features", "no id feature is called 'price'"),
         ("tables.user.value.clik=1", "tables.user.value", "no event is called 'clik'\n  -> did you mean 'click'?"),
         (
@@ -406,9 +453,14 @@ def test_an_empty_section_is_refused(path: Path, section: str) -> None:
             "no task is called 'clicks'\n  -> did you mean 'click'?",
         ),
         (
-            "model.balance.weights.wach=1",
-            "model.balance.weights",
-            "no task is called 'wach'\n  -> did you mean 'watch'?",
+            "model.position={features: [position], tasks: [watch], form: product}",
+            "model.position.tasks",
+            "'watch' is no event, and form: product multiplies chances\n  got loss: mse",
+        ),
+        (
+            "features.position.dropout=0.1",
+            "features.position.dropout",
+            "a selection feature is dropped by the position",
         ),
     ],
 )
@@ -517,7 +569,7 @@ def test_a_feature_with_settings_that_do_not_fit_its_kind_is_refused(path: Path,
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({}, "model.body.kind: no body is called ''\n  -> known: mmoe, omoe, shared_bottom"),
+        ({}, "model.body.kind: no body is called ''\n  -> known: mmoe, omoe, ple, separate, shared_bottom, so"),
         ({"kind": "mmoee"}, "model.body.kind: no body is called 'mmoee'\n  -> did you mean 'mmoe'?"),
         ({"kind": ["mmoe"]}, "model.body.kind: no body is called '['mmoe']'"),
         ({"kind": "mmoe", "num_expert": 3}, "(mmoe): unknown key 'num_expert'\n  -> did you mean 'num_experts'?"),
@@ -532,12 +584,12 @@ def test_a_feature_with_settings_that_do_not_fit_its_kind_is_refused(path: Path,
             {"kind": "shared_bottom", "layers": "wide"},
             "model.body (shared_bottom): wrong value\n  got {'layers': 'wide'}",
         ),
-        ({"kind": "mmoe", "gate_dropout": 1.5}, "expected a number from 0 to 1\n  -> correct the body's settings"),
+        ({"kind": "mmoe", "gate_dropout": 1.5}, "expected a number from 0 to 1\n  -> correct its settings"),
     ],
 )
 def test_a_body_that_cannot_be_made_is_refused(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError) as raised:
-        make_body(settings, 8, 2)
+        make(settings, BODIES, "model.body", Names(), 8, 2)
     assert text in str(raised.value)
 
 
@@ -545,4 +597,4 @@ def test_every_configuration_that_is_shipped_is_good() -> None:
     for shipped in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
         config = load(str(shipped))
         assert isinstance(config, Config)
-        make_body(config.model.body, 8, len(config.tasks))
+        check(config)

@@ -21,18 +21,20 @@ import pytest
 import torch
 
 from embeddings.jagged import Jagged
-from trainer.data import Batch, DayPlan, Logs, RowGroup, Schema, _ids, prefetch
+from trainer.data import Allowed, Batch, Logs, Schema, _ids
 from trainer.errors import UserError
+from trainer.lanes import DayPlan, RowGroup, prefetch
 
 DAY = datetime.date(2026, 11, 20)
 ROWS, LANES, BATCH = 301, 8, 40
+BINARY = Allowed("loss: bce", "0, 1", lambda values: np.isin(values, (0, 1)))
 SCHEMA = Schema(
     {"user": "user_id", "seen": "history"},
     {"price": "price", "age": "age"},
     {"click": "click", "watch": "watch_s"},
     max_len={"seen": 3},
     log1p=frozenset({"price"}),
-    binary=frozenset({"click"}),
+    allowed={"click": [BINARY]},
     weight="weight",
     group="request_id",
     keys=("impression_id",),
@@ -144,7 +146,7 @@ def test_a_day_with_fewer_rows_than_workers_has_the_same_steps_everywhere(tmp_pa
     assert sorted(row for [batch] in per_worker for row in batch.row_B.tolist()) == [0, 1, 2]
     nobodys = next(batch for [batch] in per_worker if not batch.num_rows)
     assert nobodys.numbers_BK.shape == (0, 2) and nobodys.labels_BT.shape == (0, 2)
-    assert as_lists(nobodys.ids["user"]) == [] and nobodys.weights_B.shape == (0,)
+    assert as_lists(nobodys.ids["user"]) == [] and nobodys.weights_BT.shape == (0, 2)
 
 
 def test_the_seed_orders_the_rows_and_the_day_has_its_own_order(tmp_path: Path) -> None:
@@ -201,6 +203,168 @@ def test_a_row_group_is_decoded_once_and_twice_only_where_two_workers_meet(
     assert len(decoded) <= len(plan.row_groups) + 2
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("whole_groups", [False, True])
+def test_a_row_says_the_lane_it_was_read_from_whoever_reads_it(
+    logs: Logs, seed: int | None, whole_groups: bool
+) -> None:
+    plan, options = logs.plan(DAY), {"seed": seed, "whole_groups": whole_groups}
+    alone = lane_of_row(logs, plan, 1, **options)
+    for workers in (2, 3, 5):
+        assert lane_of_row(logs, plan, workers, **options) == alone
+    sizes = Counter(alone.values())
+    if not whole_groups:
+        assert [sizes[lane] for lane in range(LANES)] == [
+            ROWS * (lane + 1) // LANES - ROWS * lane // LANES for lane in range(LANES)
+        ]
+    if seed is None:
+        assert [lane for _, lane in sorted(alone.items())] == sorted(alone.values()), "lanes are segments of the day"
+
+
+def lane_of_row(logs: Logs, plan: DayPlan, workers: int, **options: Any) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for rank in range(workers):
+        for batch in read(logs, plan, rank, workers, **options):
+            assert batch.lane_B is not None and batch.lane_B.dtype == torch.int64
+            assert set(batch.lane_B.tolist()) <= set(range(rank * LANES // workers, (rank + 1) * LANES // workers))
+            found |= dict(zip(batch.row_B.tolist(), batch.lane_B.tolist(), strict=True))
+    return found
+
+
+# Lists that stay whole.
+
+RAGGED: dict[str, list[list[int]]] = {  # rows of the row groups of each file; lists go on over their borders
+    "one row group": [[400]],
+    "many small": [[16] * 25],
+    "several files": [[120, 1], [150], [], [30, 99]],
+}
+
+
+def ragged() -> pa.Table:
+    """Lists of 1 to 12 rows, one of 90, and neighbours of the same list come back later under the same name."""
+    rng = np.random.default_rng(3)
+    lengths = [*rng.integers(1, 13, 20).tolist(), 90, *rng.integers(1, 13, 90).tolist()]
+    names = np.repeat([f"r{number % 50}" for number in range(len(lengths))], lengths)[:400]
+    return table(400).set_column(1, "request_id", pa.array(names))
+
+
+@pytest.fixture(scope="module")
+def ragged_days(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Logs]:
+    root = tmp_path_factory.mktemp("ragged")
+    for name, files in RAGGED.items():
+        write_day(root / name, ragged(), files)
+    return {name: Logs(str(root / name), "day", SCHEMA) for name in RAGGED}
+
+
+@pytest.fixture(params=RAGGED)
+def ragged_logs(ragged_days: dict[str, Logs], request: pytest.FixtureRequest) -> Logs:
+    return ragged_days[request.param]
+
+
+def lists(plan: DayPlan) -> list[list[int]]:
+    """Neighbouring rows of one request in one row group: a plain loop."""
+    names, found = ragged()["request_id"].to_pylist(), []
+    for group in plan.row_groups:
+        for row in range(group.first_row, group.first_row + group.num_rows):
+            if row == group.first_row or names[row] != names[row - 1]:
+                found.append([row])
+            else:
+                found[-1].append(row)
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_every_row_comes_once_and_every_list_whole_in_its_order(
+    ragged_logs: Logs, seed: int | None, workers: int
+) -> None:
+    plan = ragged_logs.plan(DAY)
+    slices: list[list[int]] = []  # what each lane gives each batch
+    for rank in range(workers):
+        batches = read(ragged_logs, plan, rank, workers, seed=seed, whole_groups=True)
+        assert len(batches) == plan.num_steps(BATCH)
+        for batch in batches:
+            assert batch.lane_B is not None
+            slices += [batch.row_B[batch.lane_B == lane].tolist() for lane in range(LANES)]
+    assert sorted(row for rows in slices for row in rows) == list(range(400))
+    for whole in lists(plan):
+        rows = next(rows for rows in slices if whole[0] in rows)
+        at = rows.index(whole[0])
+        assert rows[at : at + len(whole)] == whole
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_global_batches_of_whole_lists_are_those_of_one_worker(ragged_logs: Logs, seed: int | None) -> None:
+    plan = ragged_logs.plan(DAY)
+    alone = global_batches(ragged_logs, plan, 1, seed=seed, whole_groups=True)
+    for workers in (2, 3, 5):
+        assert global_batches(ragged_logs, plan, workers, seed=seed, whole_groups=True) == alone
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_resumed_read_of_whole_lists_goes_on_as_the_undisturbed_one(ragged_logs: Logs, workers: int) -> None:
+    plan, rank = ragged_logs.plan(DAY), workers - 1
+    whole = read(ragged_logs, plan, rank, workers, seed=3, whole_groups=True)
+    for start in range(len(whole) + 1):
+        resumed = read(ragged_logs, plan, rank, workers, seed=3, whole_groups=True, start_step=start)
+        assert [b.row_B.tolist() for b in resumed] == [b.row_B.tolist() for b in whole[start:]]
+
+
+def test_a_batch_of_whole_lists_holds_each_column_of_its_rows(ragged_logs: Logs) -> None:
+    written = ragged().to_pylist()
+    for batch in read(ragged_logs, ragged_logs.plan(DAY), 1, 2, seed=9, whole_groups=True):
+        rows = [written[row] for row in batch.row_B.tolist()]
+        assert batch.groups_B is not None and batch.groups_B.tolist() == [blake2b(r["request_id"]) for r in rows]
+        assert as_lists(batch.ids["seen"]) == [(r["history"] or [])[-3:] for r in rows]
+
+
+def test_a_list_longer_than_a_batch_stays_whole_and_others_shares_are_empty(tmp_path: Path) -> None:
+    write_day(tmp_path, table(60).set_column(1, "request_id", pa.array(["one"] * 60)), [[60]])
+    logs = Logs(str(tmp_path), "day", SCHEMA)
+    per_worker = [read(logs, logs.plan(DAY), rank, 3, batch_size=10, seed=1, whole_groups=True) for rank in range(3)]
+    assert [len(batches) for batches in per_worker] == [6] * 3
+    assert sorted(b.num_rows for batches in per_worker for b in batches) == [0] * 17 + [60]
+    empty = next(b for batches in per_worker for b in batches if not b.num_rows)
+    assert empty.lane_B is not None and empty.groups_B is not None
+    assert empty.lane_B.shape == empty.groups_B.shape == (0,) and empty.weights_BT.shape == (0, 2)
+
+
+def test_lists_that_go_on_in_the_next_row_group_are_counted(ragged_days: dict[str, Logs]) -> None:
+    names = ragged()["request_id"].to_pylist()
+    for logs in ragged_days.values():
+        firsts = [group.first_row for group in logs.plan(DAY).row_groups[1:]]
+        assert logs.cut_groups(logs.plan(DAY)) == sum(names[first] == names[first - 1] for first in firsts)
+    assert ragged_days["one row group"].cut_groups(ragged_days["one row group"].plan(DAY)) == 0
+    assert ragged_days["many small"].cut_groups(ragged_days["many small"].plan(DAY)) > 10
+
+
+def test_whole_lists_need_a_column_that_says_what_a_list_is(tmp_path: Path) -> None:
+    write_day(tmp_path, table(), [[ROWS]])
+    logs = Logs(str(tmp_path), "day", Schema({}, {}, {"click": "click"}))
+    for ask in (lambda: read(logs, logs.plan(DAY), whole_groups=True), lambda: logs.cut_groups(logs.plan(DAY))):
+        with pytest.raises(UserError, match="(?s)^data.group: lists are to stay whole.*-> add data.group"):
+            ask()
+
+
+def test_a_row_group_of_whole_lists_is_decoded_once_and_twice_only_where_two_workers_meet(
+    ragged_logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, decode = ragged_logs.plan(DAY), ragged_logs.decode
+    decoded: list[RowGroup] = []
+
+    def counted(group: RowGroup) -> Batch:
+        decoded.append(group)
+        return decode(group)
+
+    monkeypatch.setattr(ragged_logs, "decode", counted)
+    read(ragged_logs, plan, seed=1, whole_groups=True)
+    assert Counter(decoded) == Counter(plan.row_groups)
+    decoded.clear()
+    for rank in range(3):
+        read(ragged_logs, plan, rank, 3, seed=1, whole_groups=True)
+    assert len(decoded) <= len(plan.row_groups) + 2
+
+
 # What a batch holds.
 
 
@@ -214,7 +378,7 @@ def test_a_batch_holds_each_column_of_its_rows(logs: Logs, seed: int | None) -> 
         ages, clicks = batch.numbers_BK[:, 1].tolist(), batch.labels_BT[:, 0]
         assert ages == [r["age"] for r in rows]
         assert [None if c != c else int(c) for c in clicks.tolist()] == [r["click"] for r in rows]
-        assert batch.weights_B.tolist() == [r["weight"] for r in rows]
+        assert batch.weights_BT.tolist() == [[r["weight"]] * 2 for r in rows]
         assert batch.groups_B is not None and batch.groups_B.tolist() == [blake2b(r["request_id"]) for r in rows]
         assert batch.keys.to_pylist() == [{"impression_id": r["impression_id"]} for r in rows]
 
@@ -307,7 +471,7 @@ def test_log1p_is_numpys_in_float64_before_it_is_rounded(tmp_path: Path) -> None
 ROLES: dict[str, dict[str, Any]] = {
     "number": {"numbers": {"n": "x"}},
     "log1p": {"numbers": {"n": "x"}, "log1p": frozenset({"n"})},
-    "label": {"labels": {"t": "x"}, "binary": frozenset({"t"})},
+    "label": {"labels": {"t": "x"}, "allowed": {"t": [BINARY]}},
     "target": {"labels": {"t": "x"}},
     "weight": {"weight": "x"},
     "group": {"group": "x"},
@@ -336,6 +500,148 @@ def test_a_value_that_means_nothing_stops_with_its_file_row_group_column_and_row
 ) -> None:
     with pytest.raises(UserError, match=f"(?s)part-0.parquet, row group 0, column 'x', {text}.*-> re-export the day"):
         one_column(tmp_path, pa.array(values), **ROLES[role])
+
+
+# Lists that are read side by side.
+
+
+def side_by_side(tmp_path: Path, *columns: pa.Array, max_len: int = 3) -> Batch:
+    """The features a, b ... of one row group, read side by side."""
+    names = "abc"[: len(columns)]
+    write_day(tmp_path, pa.table(dict(zip(names, columns, strict=True))), [[len(columns[0])]])
+    ids, lengths = {name: name for name in names}, dict.fromkeys(names, max_len)
+    logs = Logs(str(tmp_path), "day", Schema(ids, {}, {}, max_len=lengths, aligned=(tuple(names),)))
+    return logs.decode(logs.plan(DAY).row_groups[0])
+
+
+def test_lists_of_equal_length_are_read_side_by_side_and_null_is_as_empty(tmp_path: Path) -> None:
+    items = [[1, 2, 3, 4], [], None, [5], None]
+    batch = side_by_side(tmp_path, pa.array(items), pa.array([["v", "w", "x", "y"], None, [], ["z"], None]))
+    assert as_lists(batch.ids["a"]) == [[2, 3, 4], [], [], [5], []]
+    assert as_lists(batch.ids["b"]) == [[blake2b(text) for text in texts] for texts in ("wxy", "", "", "z", "")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ([[[1], [1, 2], [3]], [[1], [1], []]], "columns 'a' and 'b', row 1: .*differ in.*got 2 and 1, the first of 2"),
+        ([[[1], None], [[1], None], [[1], [2]]], "columns 'b' and 'c', row 1: .*differ in length.*got 0 and 1"),
+        ([[[1], [2]], [[1], None]], "columns 'a' and 'b', row 1: .*got 1 and 0.*expected equally many ids"),
+        ([[[1], [2, 3]], [[1], [None, 2]]], "column 'b', row 1: .*has gaps.*got 1 null ids.*an id in every place"),
+        ([[[], [None] * 9], [None, [1] * 9]], "column 'a', row 1: .*has gaps.*got 9 null ids"),
+    ],
+)
+def test_lists_that_cannot_be_read_side_by_side_stop_with_their_columns_and_row(
+    tmp_path: Path, columns: list[list[Any]], text: str
+) -> None:
+    arrays = [pa.array(column, pa.list_(pa.int64())) for column in columns]
+    with pytest.raises(UserError, match=f"(?s)part-0.parquet, row group 0, {text}.*-> re-export the day"):
+        side_by_side(tmp_path, *arrays)
+
+
+def test_lists_cut_to_different_lengths_are_our_own_mistake() -> None:
+    with pytest.raises(AssertionError, match="need one max_len"):
+        Schema({"a": "a", "b": "b"}, {}, {}, max_len={"a": 3, "b": 4}, aligned=(("a", "b"),))
+
+
+# Labels and weights that are made of columns.
+
+
+def expressed(tmp_path: Path, content: pa.Table, **schema: Any) -> Batch:
+    """The one row group of a day; schema: labels, weights and what goes with them."""
+    write_day(tmp_path, content, [[content.num_rows]])
+    logs = Logs(str(tmp_path), "day", Schema(**{"ids": {}, "numbers": {}, "labels": {}, **schema}))
+    return logs.decode(logs.plan(DAY).row_groups[0])
+
+
+def test_a_label_is_what_its_expression_makes_of_each_row(tmp_path: Path) -> None:
+    labels = {"long": "watch_s > 0.4 * age / 90", "fan": "click or watch_s > 0.9", "time": "log1p(60 * watch_s)"}
+    batch = expressed(tmp_path, table(), labels=labels, allowed={"long": [BINARY], "fan": [BINARY]})
+    for row, (long, fan, time_) in zip(table().to_pylist(), batch.labels_BT.tolist(), strict=True):
+        watch_s, click = row["watch_s"], row["click"]
+        unsure = watch_s is None and click != 1 or click is None and not (watch_s or 0) > 0.9
+        assert (fan != fan) if unsure else fan == float(click == 1 or watch_s > 0.9)
+        if watch_s is None:
+            assert long != long and time_ != time_
+        else:
+            assert long == float(watch_s > 0.4 * row["age"] / 90)
+            assert time_ == pytest.approx(np.log1p(60 * watch_s), rel=1e-6)  # rounded to float32
+
+
+def test_a_row_weighs_for_a_task_its_own_weight_times_that_of_the_task(tmp_path: Path) -> None:
+    content = table()
+    weights = {"watch": "1 + 2 * (age > 40)", "late": "3"}
+    labels = {"click": "click", "watch": "watch_s", "late": "watch_s > 0.5"}
+    both = expressed(tmp_path / "both", content, labels=labels, weights=weights, weight="weight").weights_BT
+    own = expressed(tmp_path / "own", content, labels=labels, weights=weights).weights_BT
+    none = expressed(tmp_path / "none", content, labels=labels).weights_BT
+    for row, of_both, of_own in zip(content.to_pylist(), both.tolist(), own.tolist(), strict=True):
+        factors = [1.0, 3.0 if row["age"] > 40 else 1.0, 3.0]
+        assert of_own == factors
+        assert of_both == [float(np.float32(row["weight"] * factor)) for factor in factors]
+    assert none.dtype == both.dtype == torch.float32 and torch.equal(none, torch.ones(ROWS, 3))
+
+
+def test_a_column_alone_in_backticks_or_brackets_reads_as_the_column(tmp_path: Path) -> None:
+    content = table().rename_columns(["watch-time" if c == "watch_s" else c for c in table().column_names])
+    labels = {"a": "`watch-time`", "b": "(`watch-time`)", "c": "`watch-time` + 0"}
+    a, b, c = expressed(tmp_path, content, labels=labels).labels_BT.unbind(1)
+    expected = [float("nan") if row["watch_s"] is None else row["watch_s"] for row in table().to_pylist()]
+    for found in (a, b, c):
+        np.testing.assert_array_equal(found.numpy(), np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (
+            {"labels": {"t": "x - y"}, "allowed": {"t": [BINARY]}},
+            "'x - y', row 2: not the label.*bce.*got -2.0.*0, 1 or null",
+        ),
+        ({"labels": {"t": "x / y"}}, "'x / y', row 0: not a finite number.*got inf"),
+        ({"labels": {"t": "0 * x / y"}}, "'0 [*] x / y', row 0: not a finite number.*got nan.*or null where there is"),
+        ({"labels": {"t": "y"}, "weights": {"t": "x - y"}}, "'x - y', row 2: not a sample weight.*got -2.0.*from 0 up"),
+        ({"labels": {"t": "y"}, "weights": {"t": "x + z"}}, "'x [+] z', row 1: not a sample weight.*none of them null"),
+        ({"labels": {"t": "y"}, "weights": {"t": "-1"}}, "'-1', row 0: not a sample weight.*got -1.0, the first of 3"),
+        ({"labels": {"t": "y"}, "weights": {"t": "exp(99 * x)"}}, "'exp.99 [*] x.', row 0: not a finite.*got 9.8"),
+        ({"labels": {"t": "y"}, "weights": {"t": "w"}, "weight": "w"}, "column 'w', row 0: not a finite.*got 1e[+]40"),
+    ],
+)
+def test_what_an_expression_makes_wrong_stops_with_its_text_and_row(
+    tmp_path: Path, schema: dict[str, Any], text: str
+) -> None:
+    content = pa.table({"x": [1.0, 1.0, 0.0], "y": [0.0, 1.0, 2.0], "z": [0.0, None, 1.0], "w": [1e20, 1.0, 1.0]})
+    with pytest.raises(UserError, match=f"(?s)part-0.parquet, row group 0, .*{text}.*-> re-export the day"):
+        expressed(tmp_path, content, **schema)
+
+
+def test_an_expression_of_nulls_is_null_and_one_of_undefined_arithmetic_beside_a_null_too(tmp_path: Path) -> None:
+    content = pa.table({"x": pa.array([0.0, None, 1.0]), "y": pa.array([None, 0.0, 2.0])})
+    batch = expressed(tmp_path, content, labels={"t": "x / x + y", "u": "y and x"})
+    np.testing.assert_array_equal(batch.labels_BT.numpy(), [[np.nan, 0], [np.nan, 0], [3, 1]])
+
+
+@pytest.mark.parametrize(
+    ("schema", "user"),
+    [
+        ({"labels": {"t": "y + x"}}, "task 't'"),
+        ({"labels": {"t": "y"}, "weights": {"t": "x"}}, "the weight of task 't'"),
+    ],
+)
+def test_each_column_of_an_expression_is_there_and_a_number(tmp_path: Path, schema: dict[str, Any], user: str) -> None:
+    with pytest.raises(UserError, match=f"part-0.parquet: column 'x' of {user} is missing"):
+        expressed(tmp_path / "missing", pa.table({"y": [1]}), **schema)
+    with pytest.raises(UserError, match=f"(?s)part-0.parquet: column 'x' of {user} has the wrong type.*got string"):
+        expressed(tmp_path / "text", pa.table({"y": [1], "x": ["1"]}), **schema)
+
+
+def test_a_text_that_is_no_expression_is_told_with_its_task(tmp_path: Path) -> None:
+    for schema, what in (
+        ({"labels": {"t": "x ^ 2"}}, "label"),
+        ({"labels": {"t": "x"}, "weights": {"t": "f(x)"}}, "weight"),
+    ):
+        with pytest.raises(UserError, match=f"^the {what} of task 't': an expression does not know this"):
+            expressed(tmp_path / what, pa.table({"x": [1]}), **schema)
 
 
 # Files and folders.

@@ -81,3 +81,21 @@ def test_keep_drops_the_named_share_of_rows(dropout: float) -> None:
 def test_keep_at_the_ends_keeps_all_and_none() -> None:
     draws = Draws(torch.arange(NUM_ROWS), 0, 2)
     assert draws.keep("position", 0.0).all() and not draws.keep("position", 1.0).any()  # draws lie in [0, 1)
+
+
+def test_normal_draws_are_standard_normal() -> None:
+    values = Draws(torch.arange(NUM_ROWS), 0, 738_000).normal("gate noise", 3).double()
+    for column_B in values.T:
+        ranks = torch.arange(1, NUM_ROWS + 1) / NUM_ROWS
+        # Kolmogorov-Smirnov against the normal law (torch.special.ndtr); the bound as above
+        assert (torch.special.ndtr(column_B.sort().values) - ranks).abs().max() < 1.95 / NUM_ROWS**0.5
+    assert abs(np.corrcoef(values.T)[0, 1]) < 3.3 / np.sqrt(NUM_ROWS)
+
+
+def test_no_uniform_draw_makes_an_infinite_normal_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = torch.tensor([[0, 1, 2, 2**23 - 1, 2**23, 2**24 - 3, 2**24 - 2, 2**24 - 1]])
+    monkeypatch.setattr(Draws, "uniform", lambda self, stream, columns: steps / 2**24)  # the ends and the middle
+    values = Draws(torch.arange(1), 0, 1).normal("gate noise", 8)
+    # float64, in which the middle of each step is exact; float32 alone would round the last one up to 1: infinity
+    torch.testing.assert_close(values.double(), torch.special.ndtri((steps.double() + 0.5) / 2**24), rtol=1e-4, atol=0)
+    assert torch.equal(values[0, [0, 3]], -values[0, [7, 4]])  # symmetric

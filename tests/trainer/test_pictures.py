@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from trainer.pictures import COLORS, _spread, days_figure, days_picture
+from trainer.pictures import COLORS, _spread, days_figure, days_picture, gates_figure, gates_picture
 
 
 def history(
@@ -102,3 +103,46 @@ def test_spread_moves_names_least_of_all_places_that_are_apart() -> None:
     assert _spread([0.5, 0.5, 0.5], gap=0.1) == pytest.approx([0.4, 0.5, 0.6])
     assert _spread([0.2, 0.95, 1.0], gap=0.1) == pytest.approx([0.2, 0.9, 1.0])
     assert _spread([], gap=0.1) == []
+
+
+def gates(*sizes: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """Levels of so many gates and experts, as a day's report tells of them."""
+    rng = np.random.default_rng(0)
+    return {
+        f"level {number}": {
+            "mean": {
+                f"task {g}": {f"expert {e + 1}": float(share) for e, share in enumerate(rng.dirichlet([0.5] * experts))}
+                for g in range(num_gates)
+            },
+            "entropy": {f"task {g}": 0.5 for g in range(num_gates)},
+            "least": 0.03,
+            "dead_units": 0.125,
+        }
+        for number, (num_gates, experts) in enumerate(sizes, start=1)
+    }
+
+
+def test_a_heat_map_shows_the_share_of_every_expert_in_every_gate_of_every_level() -> None:
+    levels = gates((3, 4), (2, 4))
+    figure = gates_figure(levels, "model, 2026-11-20")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "level 1: least used expert 0.030, 12% dead units",
+        "level 2: least used expert 0.030, 12% dead units",
+    ]
+    for axes, entry in zip(figure.axes, levels.values(), strict=True):
+        share_GE = [list(shares.values()) for shares in entry["mean"].values()]
+        np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), share_GE)
+        assert [text.get_text() for text in axes.texts] == [f"{share:.2f}" for row in share_GE for share in row]
+        assert [label.get_text() for label in axes.get_yticklabels()] == [f"{gate}  (0.50)" for gate in entry["mean"]]
+
+
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(1, 32)], [(12, 4), (13, 8)]])
+def test_no_text_of_a_heat_map_lies_on_another(sizes: list[tuple[int, int]]) -> None:
+    figure = gates_figure(gates(*sizes), "model, 2026-11-20: mean shares of experts")
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text()]  # type: ignore[union-attr]
+    boxes = [box for box in (text.get_window_extent() for text in texts) if box.width > 1]  # the others are not drawn
+    for i, a in enumerate(boxes):
+        for b in boxes[i + 1 :]:
+            assert not (a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1), (a, b)
+    assert gates_picture(gates(*sizes)).startswith(b"\x89PNG")

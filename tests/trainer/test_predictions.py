@@ -1,6 +1,7 @@
-"""Prediction files. The oracle is what pyarrow reads back, beside what was handed in."""
+"""Prediction files, whose oracle is what pyarrow reads back, beside what was handed in; and laws of the fused score."""
 
 import datetime
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,9 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from small_disk import fill, small_disk
+from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.predictions import PredictionFile
+from trainer.heads import Task, TaskGraph
+from trainer.losses import Pairwise
+from trainer.predictions import PredictionFile, told
 
 KEYS = pa.table(
     {"request": pa.array(["a", None, "b"]), "at": pa.array([datetime.datetime(2026, 11, 20)] * 3), "n": [1, 2, 3]}
@@ -102,3 +106,56 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_nothing_behind(tmp_path: P
                 file.write(None, rows)
                 fill(disk, leave_kib=0)  # a footer of a hundred columns takes more than a page
         assert [name for name in names(disk) if name.startswith("part")] == []
+
+
+# The fused score
+
+
+GRAPH = TaskGraph({"click": Task(), "like": Task(), "order": Task(Pairwise())})
+POWERS = {"click@all": 1.5, "like@all": 0.3, "order@all": 0.2}
+
+
+def rows() -> Tensor:
+    """Logits: [500, 3]."""
+    drawn_BL = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    return drawn_BL - torch.tensor([3.0, 6.0, 0.0])
+
+
+def told_of(logits_BL: Tensor, powers: dict[str, float]) -> dict[str, Tensor]:
+    return told(GRAPH, logits_BL, torch.empty(len(logits_BL), 3), powers)
+
+
+def order(score_B: Tensor) -> list[int]:
+    return score_B.argsort(stable=True).tolist()
+
+
+@pytest.mark.parametrize("address", ["click@all", "like@all", "order@all"])
+def test_a_power_on_one_prediction_alone_gives_its_own_order(address: str) -> None:
+    found = told_of(rows(), {address: 1.0})
+    assert order(found["score"]) == order(found[address])
+
+
+def test_a_prediction_that_is_off_by_a_factor_changes_no_order_of_scores() -> None:
+    eighth_BL = rows()
+    p_B = torch.sigmoid(eighth_BL[:, 0]) / 8
+    eighth_BL[:, 0], eighth_BL[:, 2] = torch.logit(p_B), eighth_BL[:, 2] + 2
+    right, wrong = told_of(rows(), POWERS), told_of(eighth_BL, POWERS)
+    # the law of a product: every score is off by the same factor; float32
+    factor_B = wrong["score"] / right["score"]
+    torch.testing.assert_close(factor_B, torch.full((500,), 8**-1.5 * math.exp(0.4)), rtol=1e-4, atol=0)
+    sums = [each["click@all"] + each["like@all"] for each in (right, wrong)]
+    assert order(sums[0]) != order(sums[1])  # a sum of predictions is not like that
+
+
+def test_all_powers_times_a_number_change_no_order_of_scores() -> None:
+    doubled = told_of(rows(), {address: 2 * power for address, power in POWERS.items()})
+    # (product)^2; float32
+    torch.testing.assert_close(doubled["score"], told_of(rows(), POWERS)["score"].square(), rtol=1e-5, atol=0)
+
+
+def test_a_factor_that_float32_does_not_hold_is_no_reason_to_lose_the_product() -> None:
+    p_BL = torch.stack([torch.logspace(-10, -8, 200), torch.full((200,), 1e-9), torch.full((200,), 0.5)], dim=1)
+    score_B = told_of(torch.logit(p_BL), {"click@all": 5.0, "like@all": -3.0})["score"]
+    # 1e-50 * 1e27: the first is below float32, the product is not. Logarithms are near 100, of which float32 keeps 1e-5
+    torch.testing.assert_close(score_B, torch.logspace(-23, -13, 200), rtol=1e-4, atol=0)
+    assert order(score_B) == list(range(200))

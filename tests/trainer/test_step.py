@@ -16,22 +16,25 @@ from embeddings.buckets import hash64
 from embeddings.exchange import Exchange, LocalExchange
 from embeddings.jagged import Jagged
 from embeddings.table import TableConfig
+from trainer.balance import BALANCERS
 from trainer.config import (
-    BalanceConfig,
     Config,
     DataConfig,
     DenseConfig,
     FeatureConfig,
     ModelConfig,
     PositionConfig,
+    RowsConfig,
     TaskConfig,
     TrainConfig,
 )
 from trainer.data import Batch
+from trainer.features import Inputs
 from trainer.learner import Learner, build
 from trainer.step import score_step, train_step
 
 DAY = 738_000
+SOON: dict[str, dict[str, Any]] = {"dwa": {"window": 1}, "gradnorm": {"first": 1}}  # settings under which they weigh
 MMOE = {"kind": "mmoe", "num_experts": 3, "expert_layers": [16, 8], "gate_dropout": 0.2}
 BOTTOM = {"kind": "shared_bottom", "layers": [16, 8]}
 TASKS = {
@@ -51,11 +54,19 @@ FEATURES = {
 TABLES = {name: TableConfig(dim, 256, 0.5) for name, dim in {"user": 8, "item": 8, "position": 4}.items()}
 
 
+def weighed(**weights: float) -> dict[str, Any]:
+    return {"kind": "fixed", "weights": weights}
+
+
 def config(body: dict[str, Any], precision: Any = "fp32") -> Config:
     """Four tasks of every kind, lists, numbers, a position tower; every kind of dropout that the body knows."""
     position = PositionConfig(("position",), ("click",), dropout=0.3)
-    model = ModelConfig(body, (8,), position, BalanceConfig(weights={"watch": 0.1, "like": 2.0}))
+    model = ModelConfig(body, (8,), position=position, balance=weighed(watch=0.1, like=2.0))
     return Config("step", DataConfig("-"), FEATURES, TABLES, TASKS, model, TrainConfig(precision=precision, seed=4))
+
+
+def balanced(settings: Config, balance: dict[str, Any]) -> Config:
+    return replace(settings, model=replace(settings.model, balance=balance))
 
 
 def float32(values: np.ndarray) -> Tensor:
@@ -76,7 +87,9 @@ def logged(num_rows: int = 120, seed: int = 0) -> Batch:
         values[rng.random(values.shape) < 0.1] = np.nan
     labels[: num_rows // 3, 0] = 0
     row_B = torch.from_numpy(rng.permutation(10_000)[:num_rows])
-    return Batch(ids, float32(numbers), float32(labels), float32(rng.random(num_rows)), row_B)
+    return Batch(
+        ids, float32(numbers), float32(labels), float32(rng.random(num_rows)).unsqueeze(1).expand(-1, 4), row_B
+    )
 
 
 def local(settings: Config) -> Learner:
@@ -119,13 +132,13 @@ def share(batch: Batch, rank: int, num_workers: int, step: int) -> Batch:
 
 
 def steps(exchange: Exchange, settings: Sequence[Config]) -> list[dict[str, Any]]:
-    """Three steps of each configuration: what every worker must agree on, and its own part of the losses and rows."""
+    """Three steps of each configuration: what every worker must agree on, and its own part of the rows."""
     found = []
     for each in settings:
         learner, losses, grads, scores = build(each, exchange), [], [], []
         for step in range(3):
             batch = share(logged(seed=step), exchange.rank, exchange.num_workers, step)
-            losses.append(train_step(learner, batch, DAY).tolist())
+            losses.append(train_step(learner, batch, DAY)[0].tolist())
             grads.append(gradients(learner).tolist())
             scores.append(score_step(learner, batch).tolist())
         rows = {table: {name: c.tolist() for name, c in of.items()} for table, of in exported(learner).items()}
@@ -154,7 +167,8 @@ def test_two_uneven_workers_give_the_losses_gradients_rows_and_scores_of_one() -
         # oracle: one process on the whole batch. Adam and Adagrad divide by the gradient's size: ten times the rounding
         assert_close(first["gradients"][0], want["gradients"][0], 1e-6)
         assert first["gradients"] == second["gradients"] and first["dense"] == second["dense"]  # one model, bit for bit
-        assert_close(np.add(first["losses"], second["losses"]), want["losses"], 1e-5)
+        assert first["losses"] == second["losses"]  # of the whole batch, on every worker
+        assert_close(first["losses"], want["losses"], 1e-5)
         assert_close(first["gradients"], want["gradients"], 1e-5)
         assert_close(first["dense"], want["dense"], 1e-5)
         assert_close(second["numbers"], want["numbers"], 1e-12)  # float64
@@ -183,12 +197,12 @@ def test_a_step_is_adam_on_the_net_and_one_adagrad_step_on_each_row_seen() -> No
     net, twin_UD = copy.deepcopy(learner.model), before["weight"].clone().requires_grad_()
     adam = torch.optim.Adam(net.parameters(), lr=0.001)
     x_BI = twin_UD[torch.searchsorted(before["key"], hash64(items_B))]
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(net(x_BI, [], None), labels_B1)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(net(Inputs(x_BI, {}, []), None).logits_BL, labels_B1)
     loss.backward()
     adam.step()
 
-    batch = Batch(ids, torch.empty(5, 0), labels_B1, torch.ones(5), torch.arange(5))
-    assert train_step(learner, batch, DAY).item() == pytest.approx(loss.item(), rel=1e-6)  # torch's loss; float32
+    batch = Batch(ids, torch.empty(5, 0), labels_B1, torch.ones(5, 1), torch.arange(5))
+    assert train_step(learner, batch, DAY)[0].item() == pytest.approx(loss.item(), rel=1e-6)  # torch's loss; float32
     torch.testing.assert_close(parameters(learner), torch.cat([p.detach().flatten() for p in net.parameters()]))
     after = {name: torch.from_numpy(column) for name, column in learner.embeddings.shard.export("item").items()}
     grad_UD = twin_UD.grad
@@ -200,15 +214,52 @@ def test_a_step_is_adam_on_the_net_and_one_adagrad_step_on_each_row_seen() -> No
     torch.testing.assert_close(after["weight"], before["weight"] - step_UD)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("balance", BALANCERS)
+def test_under_every_balancer_a_row_makes_one_step_of_the_weighed_gradient(balance: str, optimizer: Any) -> None:
+    tasks = {"click": TaskConfig(), "like": TaskConfig(), "watch": TaskConfig(loss="mse")}
+    model = ModelConfig({"kind": "shared_bottom", "layers": [6]}, (), balance={"kind": balance} | SOON.get(balance, {}))
+    features, tables = {"item": FeatureConfig("id", table="item")}, {"item": TableConfig(4, 64, 0.5)}
+    train = TrainConfig(rows=RowsConfig(optimizer, lr=0.1))
+    learner = local(Config("once", DataConfig("-"), features, tables, tasks, model, train))
+    rng, sum_U = np.random.default_rng(5), torch.zeros(8)
+    for _ in range(4):
+        items_B = torch.tensor([*range(8), *rng.integers(0, 8, 24)])
+        labels_BT = float32(np.c_[rng.integers(0, 2, (32, 2)), rng.normal(3, 2, 32)])
+        ids = {"item": Jagged(items_B, torch.arange(33))}
+        learner.embeddings.pull(ids, insert=True)  # so that the rows are there to be read
+        before = {name: torch.from_numpy(column) for name, column in learner.embeddings.shard.export("item").items()}
+        twin_UD, net = before["weight"].clone().requires_grad_(), copy.deepcopy(learner.model)
+        x_BI = twin_UD[torch.searchsorted(before["key"], hash64(items_B))]
+        logits_BT = net(Inputs(x_BI, {}, []), None).logits_BL
+        events = torch.nn.functional.binary_cross_entropy_with_logits(logits_BT, labels_BT, reduction="none")
+        losses_T = torch.cat([events[:, :2], (logits_BT - labels_BT).square()[:, 2:]], dim=1).mean(0)
+
+        _, weights_T = train_step(learner, Batch(ids, torch.empty(32, 0), labels_BT, torch.ones(32, 3), items_B), DAY)
+        (weights_T @ losses_T).backward()
+        after = learner.embeddings.shard.export("item")
+        grad_UD = twin_UD.grad
+        assert grad_UD is not None
+        # oracle: autograd of the weighed sum, and the optimizer's formula once; a task's gradient that went its own way
+        # to the rows would show in SGD's step, a second step in Adagrad's sum of squares
+        sum_U = sum_U + grad_UD.square().mean(1)
+        divisor_U1 = torch.ones(8, 1) if optimizer == "sgd" else sum_U.sqrt().unsqueeze(1) + 1e-8
+        assert_close(after["weight"], (before["weight"] - 0.1 * grad_UD / divisor_U1).detach(), 1e-5)
+        if optimizer == "rowwise_adagrad":
+            assert_close(after["adagrad_sum"], sum_U, 1e-5)
+    assert balance == "fixed" or not torch.equal(weights_T, torch.ones(3)), "it weighs"
+
+
 def test_a_sample_weight_of_two_is_the_row_twice_and_of_zero_is_no_row() -> None:
     batch = logged()
     batch.numbers_BK = torch.zeros_like(batch.numbers_BK)  # running statistics count rows, not weights
     copies_B = torch.arange(120) % 3
     rows = torch.arange(120).repeat_interleave(copies_B)
     copied = batch.select(rows)
-    batch.weights_B, copied.weights_B = copies_B.float(), torch.ones(rows.numel())
+    batch.weights_BT = copies_B.float().unsqueeze(1).expand(-1, 4)
+    copied.weights_BT = torch.ones(rows.numel(), 4)
     weighted, repeated = local(config(MMOE)), local(config(MMOE))
-    losses = [train_step(learner, part, DAY).numpy() for learner, part in ((weighted, batch), (repeated, copied))]
+    losses = [train_step(learner, part, DAY)[0].numpy() for learner, part in ((weighted, batch), (repeated, copied))]
     # oracle: the rows copied, with their draws; float32 sums in another order
     assert_close(losses[0], losses[1])
     assert_close(gradients(weighted), gradients(repeated))
@@ -222,7 +273,7 @@ def test_a_sample_weight_of_two_is_the_row_twice_and_of_zero_is_no_row() -> None
 def test_a_batch_in_another_order_gives_the_same_step() -> None:
     batch, order = logged(), torch.randperm(120, generator=torch.Generator().manual_seed(0))
     straight, shuffled = local(config(MMOE)), local(config(MMOE))
-    losses = [train_step(straight, batch, DAY), train_step(shuffled, batch.select(order), DAY)]
+    losses = [train_step(straight, batch, DAY)[0], train_step(shuffled, batch.select(order), DAY)[0]]
     # what is random belongs to the row, not to its place in the batch; float32 sums in another order
     assert_close(losses[1], losses[0])
     assert_close(gradients(shuffled), gradients(straight))
@@ -245,9 +296,9 @@ def test_ids_positions_and_gates_are_dropped_in_training() -> None:
         "position": replace(full, model=replace(full.model, position=shallow)),
         "gates": replace(full, model=replace(full.model, body=MMOE | {"gate_dropout": 0.0})),
     }
-    losses_T = train_step(local(full), logged(), DAY)
+    losses_T, _ = train_step(local(full), logged(), DAY)
     for what, settings in without.items():  # the same first weights: what differs is what was dropped
-        assert not torch.equal(train_step(local(settings), logged(), DAY), losses_T), what
+        assert not torch.equal(train_step(local(settings), logged(), DAY)[0], losses_T), what
 
 
 @pytest.mark.parametrize("body", [MMOE, BOTTOM])
@@ -255,7 +306,7 @@ def test_a_batch_without_labels_changes_no_weight(body: dict[str, Any]) -> None:
     learner, batch = local(config(body)), logged()
     batch.labels_BT = torch.full_like(batch.labels_BT, torch.nan)
     before = parameters(learner)
-    assert train_step(learner, batch, DAY).tolist() == [0.0] * 4  # nothing to learn from, and no NaN
+    assert train_step(learner, batch, DAY)[0].tolist() == [0.0] * 4  # nothing to learn from, and no NaN
     assert torch.equal(parameters(learner), before)
     assert all((of_table["adagrad_sum"] == 0).all() for of_table in exported(learner).values())
 
@@ -263,8 +314,7 @@ def test_a_batch_without_labels_changes_no_weight(body: dict[str, Any]) -> None:
 def test_loss_weights_scale_each_tasks_gradient() -> None:
     batch, alone = logged(), []
     for weights in ([1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0], [1.0, 1.0, 0.1, 2.0]):
-        learner = local(config(MMOE))
-        learner.loss_weights_T = torch.tensor(weights)
+        learner = local(balanced(config(MMOE), weighed(**dict(zip(TASKS, weights, strict=True)))))
         train_step(learner, batch, DAY)
         alone.append(gradients(learner))
     default = local(config(MMOE))  # the last row is what the configuration says
@@ -275,7 +325,7 @@ def test_loss_weights_scale_each_tasks_gradient() -> None:
 
 def test_bfloat16_stays_near_float32_and_keeps_losses_and_weights_in_float32() -> None:
     exact, rounded = local(config(MMOE)), local(config(MMOE, "bf16"))
-    losses = [train_step(learner, logged(), DAY) for learner in (exact, rounded)]
+    losses = [train_step(learner, logged(), DAY)[0] for learner in (exact, rounded)]
     assert losses[1].dtype == parameters(rounded).dtype == score_step(rounded, logged()).dtype == torch.float32
     # bfloat16 keeps 8 bits: 0.4 % a product, five layers deep
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
@@ -298,10 +348,8 @@ def test_what_scores_is_the_moving_average_of_the_weights(average: float) -> Non
     averaged = torch.cat([p.flatten() for p in learner.averaged.module.parameters()])
     torch.testing.assert_close(averaged, expected)  # plain loop; float32
     features, blocks = learner.features, learner.embeddings.pull(rows.ids, insert=False)
-    vectors = features.vectors(blocks, rows, None)
-    x_BI = features.main(vectors, learner.stats.standardise(features.numbers(rows, blocks, {})))
-    selection = features.selection(vectors, rows, None)
-    assert torch.equal(score_step(learner, rows), learner.averaged.module(x_BI, selection, None))
+    inputs = features.inputs(blocks, learner.stats.standardise(features.numbers(rows, blocks, {})), rows, None)
+    assert torch.equal(score_step(learner, rows), learner.averaged.module(inputs, None).logits_BL)
 
 
 def test_scoring_leaves_no_trace() -> None:
@@ -315,6 +363,18 @@ def test_scoring_leaves_no_trace() -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=0)  # the same bits
     assert torch.equal(first, second) and not first.requires_grad
     assert unknown(learner) > known
+
+
+def test_nothing_that_happens_on_a_row_changes_its_score() -> None:
+    then = FeatureConfig("id_stats", table="item", of=("click", "cart/click"), until="batch")
+    learner = local(replace(config(MMOE), features=FEATURES | {"then": then}))
+    learner.embeddings.shard.begin_day(DAY)
+    train_step(learner, logged(), DAY)
+    batch = logged(seed=1)
+    other = replace(batch, labels_BT=1 - batch.labels_BT, weights_BT=2 * batch.weights_BT)
+    unknown = replace(batch, labels_BT=torch.full_like(batch.labels_BT, torch.nan))
+    scores = [score_step(learner, each) for each in (batch, other, unknown)]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])  # the same bits: no label is read
 
 
 def test_an_unknown_id_scores_as_no_id() -> None:
@@ -340,8 +400,8 @@ def test_scores_do_not_depend_on_the_position_column() -> None:
 
 
 def test_training_on_other_tasks_moves_neither_the_position_tower_nor_its_table() -> None:
-    learner, batch = local(config(MMOE)), logged()
-    learner.loss_weights_T = torch.tensor([0.0, 0.0, 1.0, 1.0])  # watch and like; the tower belongs to click
+    without = weighed(click=0, cart=0)  # the tower belongs to click
+    learner, batch = local(balanced(config(MMOE), without)), logged()
     train_step(learner, batch, DAY)
     for name, parameter in learner.model.named_parameters():
         assert parameter.grad is not None and (parameter.grad == 0).all() == name.startswith("position."), name
@@ -404,14 +464,14 @@ def biased_clicks(num_requests: int, seed: int) -> tuple[Batch, np.ndarray, np.n
     clicks = rng.random(guess.shape) < 1 / (1 + np.exp(-interest - bias[position]))
     ids = {"position": Jagged(torch.from_numpy(position.flatten()), torch.arange(position.size + 1))}
     columns = float32(x.reshape(-1, 4)), float32(clicks.reshape(-1, 1))
-    return Batch(ids, *columns, torch.ones(position.size), torch.arange(position.size)), interest.flatten(), bias
+    return Batch(ids, *columns, torch.ones(position.size, 1), torch.arange(position.size)), interest.flatten(), bias
 
 
 def trained_on_clicks(rows: Batch) -> Learner:
     """Three passes with a main net that is linear in the four numbers."""
     features = {name: FeatureConfig("number") for name in "abcd"} | {"position": FeatureConfig("id", table="position")}
     position = PositionConfig(("position",), ("click",), dropout=0.1, layers=(16,))
-    model = ModelConfig({"kind": "shared_bottom", "layers": []}, (), position)
+    model = ModelConfig({"kind": "shared_bottom", "layers": []}, (), position=position)
     tables, train = {"position": TableConfig(4, 16, 0.1)}, TrainConfig(dense=DenseConfig(lr=0.02))
     learner = local(Config("clicks", DataConfig("-"), features, tables, {"click": TaskConfig()}, model, train))
     for part in 3 * torch.arange(rows.num_rows).split(1_000):
