@@ -44,6 +44,8 @@ train: {workers: 1, batch_size: 256}
 tracking: {mlflow: "sqlite:///mlflow.db"}
 checkpoints: {path: checkpoints}
 """
+NEW = ("--set", "name=another")
+WATCH_OF_SKIPPED = "{label: watch_s, loss: mse, where: skip}"  # it is known of clicks alone
 FIRST = datetime.date(2026, 11, 1)
 DAY, SECOND = "2026-11-02", "logs/day=2026-11-02"
 TRAIN = ("train", "model.yaml", "--day", DAY, "--no-ray")
@@ -194,6 +196,16 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
         TRAIN,
         (PART, "column 'history' of feature 'history' has the wrong type", "got int64", "expected a list of", REEXPORT),
     ),
+    "task without rows": (
+        nothing,
+        (*TRAIN, *NEW, "--set", "tasks.skip={label: not click}", "--set", f"tasks.never={WATCH_OF_SKIPPED}"),
+        (
+            "tasks.never: a task has no row to learn from",
+            "got none in the 800 rows of day 2026-11-02",
+            "expected labels, and rows where skip happened",
+            "-> correct the label, or drop the task",
+        ),
+    ),
     "label 2": (
         column("click", row_7(2)),
         TRAIN,
@@ -310,8 +322,8 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {
         (
             "dense.safetensors: the dense net",
             "not the one that was trained",
-            "got body.",
-            "expected body.",
+            "got model/body.",
+            "expected model/body.",
             "-> undo the change",
         ),
     ),
