@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench evidence mutants clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,15 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.globo --data $(DATA) --peers $(VENV)/peers.json
 	$(BIN)/pip install --quiet --no-deps -r benchmarks/torchrec.txt
 	$(BIN)/python -m benchmarks.embeddings
+
+# Claims of the literature, measured again: rewrites docs/evidence.md. Goes on where it was stopped.
+evidence: $(VENV)/installed
+	$(BIN)/pip install --quiet lightgbm
+	$(BIN)/python -m benchmarks.evidence
+
+# Wrong versions of the techniques, most of them shipped by somebody: do the tests see each?
+mutants: $(VENV)/installed
+	$(BIN)/python tests/mutants.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)
