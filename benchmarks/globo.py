@@ -51,7 +51,7 @@ def run(
 
     from cluster.nightly import open_checkpoints, pending, train
     from cluster.predict import evaluate
-    from trainer.config import load
+    from trainer.configfile import load
     from trainer.learner import build_model, open_logs
 
     torch.set_num_threads(1)

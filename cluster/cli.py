@@ -250,7 +250,7 @@ def _run(command: Callable[[], Any], as_json: bool) -> None:
 
 
 def _load(path: str, sets: list[str]) -> Any:
-    from trainer.config import load
+    from trainer.configfile import load
 
     return load(path, sets)
 

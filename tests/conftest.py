@@ -76,7 +76,7 @@ def small_config(simulated: Path, tmp_path: Path) -> Callable[..., Any]:
 
 def configure(logs: Path, folder: Path) -> Callable[..., Any]:
     """load(*overrides): the configuration over some logs, checkpoints and tracking in a folder."""
-    from trainer.config import load
+    from trainer.configfile import load
 
     path = folder / "small.yaml"
     path.write_text(CONFIG.replace("LOGS", str(logs)).replace("ROOT", str(folder)))

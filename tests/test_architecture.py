@@ -13,9 +13,9 @@ PACKAGES = ["embeddings", "trainer", "cluster"]
 ORDER = {
     "embeddings": "table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
     "shard accounts client pooling freeze snapshot rowfile",
-    "trainer": "errors expressions config pieces lanes data draws numbers features layers bodies encoders towers "
-    "losses heads auxiliary model objective balance health learner step metrics agree checkpoint predictions "
-    "parts serving pictures tracking day workers",
+    "trainer": "errors expressions config checks configfile pieces lanes data draws numbers features layers bodies "
+    "encoders towers losses heads auxiliary model objective balance health learner step metrics agree checkpoint "
+    "predictions parts serving pictures tracking day workers",
     "cluster": "simulate registry nightly predict export doctor tables cli",
 }
 
@@ -26,8 +26,8 @@ DOORS = {
     "ray": {"trainer/workers.py"},
     "mlflow": {"trainer/tracking.py"},
     "matplotlib": {"trainer/pictures.py"},
-    "yaml": {"trainer/config.py"},
-    "pydantic": {"trainer/config.py"},
+    "yaml": {"trainer/configfile.py"},
+    "pydantic": {"trainer/configfile.py"},
     "typer": {"cluster/cli.py"},
     "safetensors": {"trainer/checkpoint.py"},
     "pyarrow": {

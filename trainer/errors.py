@@ -5,7 +5,11 @@ prints its text without a traceback and ends with exit code 2. Anything else tha
 exit code 1.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+CORRECT = "correct it in the file or with --set"
 
 
 @dataclass(eq=False)
@@ -26,3 +30,10 @@ class UserError(Exception):
             f"-> {self.do}" if self.do else "",
         ]
         return "\n  ".join(part for part in parts if part)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt word: `did you mean 'x'?`, or all that is known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known)) or 'none'}"

@@ -21,11 +21,11 @@ from embeddings.tallies import Tally
 from trainer.auxiliary import AUXILIARIES, Auxiliary
 from trainer.balance import BALANCERS, Balancer
 from trainer.bodies import BODIES
-from trainer.config import Config, FeatureConfig, TaskConfig, nearest
+from trainer.config import Config, FeatureConfig, TaskConfig
 from trainer.data import Allowed, Batch, Logs, Schema
 from trainer.draws import Draws
 from trainer.encoders import ENCODERS
-from trainer.errors import UserError
+from trainer.errors import UserError, nearest
 from trainer.features import Features, IdFeature, IdStatistics, Inputs
 from trainer.heads import Propensity, Task, TaskGraph
 from trainer.health import GateHealth

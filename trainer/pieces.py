@@ -9,8 +9,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from trainer.config import nearest
-from trainer.errors import UserError
+from trainer.errors import UserError, nearest
 
 Share = Annotated[float, "0 .. 1"]
 FeatureName = Annotated[str, "feature"]

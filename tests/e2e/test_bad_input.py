@@ -24,7 +24,7 @@ from cluster.cli import main
 from cluster.simulate import simulate
 from embeddings.exchange import LocalExchange
 from trainer.checkpoint import Checkpoints
-from trainer.config import load
+from trainer.configfile import load
 from trainer.learner import build
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ import yaml
 from embeddings.optim import OPTIMIZERS
 from embeddings.table import Admission
 from trainer.bodies import BODIES
-from trainer.config import Config, as_dict, flatten, load, nearest
-from trainer.errors import UserError
+from trainer.config import Config, as_dict, flatten
+from trainer.configfile import load
+from trainer.errors import UserError, nearest
 from trainer.learner import check, row_optimizer
 from trainer.pieces import Names, make
 

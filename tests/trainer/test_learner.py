@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.configfile import load
 from trainer.errors import UserError
 from trainer.learner import build_graph, open_logs
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from embeddings.exchange import LocalExchange
 from trainer.bodies import BODIES
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.configfile import load
 from trainer.data import Logs
 from trainer.errors import UserError
 from trainer.learner import Learner, build, fusion_powers, open_logs
