@@ -5,7 +5,6 @@ from typing import Any
 
 from cluster.nightly import Morning, open_checkpoints
 from embeddings.exchange import LocalExchange
-from trainer.checkpoint import Checkpoint
 from trainer.config import Config, absolute
 from trainer.errors import UserError
 from trainer.learner import build, check, fusion_powers, open_logs
@@ -22,22 +21,10 @@ def export(config: Config, out: str, day: datetime.date | None = None) -> dict[s
     if not config.serving.item:
         do, expected = "add serving: {item: [...]}: all other features are the user's", "the features of an item"
         raise UserError("nothing says what belongs to an item", "serving.item", expected=expected, do=do)
-    checkpoint = _checkpoint(config, day)
+    checkpoints = open_checkpoints(config)
+    checkpoint = checkpoints.open(day) if day else Morning(config, checkpoints).must_have_champion()
     learner = build(config, LocalExchange())
-    open_checkpoints(config).load(learner, checkpoint)
+    checkpoints.load(learner, checkpoint)
     learner.embeddings.shard.begin_day((checkpoint.day + _ONE_DAY).toordinal())
     about = {"model": config.name, "trained_through": str(checkpoint.day), "checkpoint": checkpoint.id}
     return save(learner, open_logs(config).schema, config.serving.item, fusion_powers(config), absolute(out), about)
-
-
-def _checkpoint(config: Config, day: datetime.date | None) -> Checkpoint:
-    checkpoints = open_checkpoints(config)
-    if day is None:
-        champion = Morning(config, checkpoints).champion()
-        if champion is None:
-            raise UserError("no model is promoted yet", checkpoints.path, do="run nightly first, or choose a --day")
-        return champion
-    if day not in checkpoints.days():
-        known = ", ".join(map(str, checkpoints.days())) or "none"
-        raise UserError(f"no checkpoint of day {day}", checkpoints.path, got=known, do="choose one of these days")
-    return checkpoints.open(day)

@@ -181,6 +181,13 @@ class Morning:
                 return self._checkpoints.open(day)
         return None
 
+    def must_have_champion(self, before: datetime.date | None = None) -> Checkpoint:
+        """The champion from before a day, or the champion; a UserError while there is none."""
+        champion = self.champion(before) or self.champion()
+        if champion is None:
+            raise UserError("no model is promoted yet", self._checkpoints.path, do="run nightly first")
+        return champion
+
     def _state(self, day: datetime.date) -> str | None:
         return (self._checkpoints.decision(day) or {}).get("state")
 

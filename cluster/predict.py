@@ -13,7 +13,6 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Config, absolute
 from trainer.data import DayPlan
 from trainer.day import score_day, shares
-from trainer.errors import UserError
 from trainer.learner import build, check, fusion_powers, open_logs
 from trainer.predictions import PredictionFile, told
 from trainer.step import score_step
@@ -27,11 +26,7 @@ def predict(
     all.
     """
     check(config)
-    checkpoints = open_checkpoints(config)
-    morning = Morning(config, checkpoints)
-    checkpoint = morning.champion(before=day) or morning.champion()
-    if checkpoint is None:
-        raise UserError("no model is promoted yet", checkpoints.path, do="run nightly first")
+    checkpoint = Morning(config, open_checkpoints(config)).must_have_champion(before=day)
     plan = open_logs(config).plan(day)
     job = partial(_write, config=config, plan=plan, checkpoint=checkpoint, out=absolute(out))
     rows = run(job, config, use_ray, on_event)
@@ -47,11 +42,8 @@ def evaluate(
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
     """The metrics of a day by the model that was trained through model_day."""
-    checkpoints = open_checkpoints(config)
-    if model_day not in checkpoints.days():
-        known = ", ".join(map(str, checkpoints.days())) or "none"
-        raise UserError(f"no checkpoint of day {model_day}", checkpoints.path, got=known, do="choose one of these days")
-    job = partial(_measure, config=config, plan=open_logs(config).plan(day), checkpoint=checkpoints.open(model_day))
+    checkpoint = open_checkpoints(config).open(model_day)
+    job = partial(_measure, config=config, plan=open_logs(config).plan(day), checkpoint=checkpoint)
     metrics = run(job, config, use_ray, on_event)
     return {"model": config.name, "day": str(day), "trained_through": str(model_day), "metrics": metrics}
 

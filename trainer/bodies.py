@@ -216,26 +216,18 @@ class MultiGateExperts(LayeredExperts):
         activation: Activation = "relu",
         normalise: bool = False,
     ):
-        levels = [Level.dense(num_experts, num_tasks)]
+        levels = [Level.dense(num_experts, self._num_gates(num_tasks))]
         super().__init__(input_dim, num_tasks, levels, expert_layers, gate_dropout, activation, normalise)
 
+    def _num_gates(self, num_tasks: int) -> int:
+        return num_tasks
 
-class OneGateExperts(LayeredExperts):
+
+class OneGateExperts(MultiGateExperts):
     """OMoE: experts mixed by one gate that all tasks share. Source: the same paper, section 4.1."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        num_tasks: int,
-        *,
-        num_experts: int = 4,
-        expert_layers: tuple[int, ...] = (256, 128),
-        gate_dropout: Share = 0.0,
-        activation: Activation = "relu",
-        normalise: bool = False,
-    ):
-        levels = [Level.dense(num_experts, 1)]
-        super().__init__(input_dim, num_tasks, levels, expert_layers, gate_dropout, activation, normalise)
+    def _num_gates(self, num_tasks: int) -> int:
+        return 1
 
 
 class StackedExperts(LayeredExperts):

@@ -78,6 +78,9 @@ class Checkpoints:
     def open(self, day: datetime.date) -> Checkpoint:
         """The manifest of a committed day."""
         path = f"{self._folder(day)}/manifest.json"
+        if not self._exists(path):
+            got = ", ".join(map(str, self.days())) or "none"
+            raise UserError(f"no checkpoint of day {day}", self.path, got=got, do="choose one of these days")
         try:
             manifest = json.loads(self._read(path))
         except (ValueError, OSError) as error:
@@ -166,12 +169,14 @@ class Checkpoints:
 
     def _write_parts(self, learner: Learner, folder: str) -> dict[str, dict[str, Any]]:
         parts = Snapshot(learner.embeddings.shard, base=True).write(self._filesystem, f"{folder}/{_ROWS}")
-        files = {f"{_ROWS}/{p.path}": self._fingerprint(f"{folder}/{_ROWS}/{p.path}") | asdict(p) for p in parts}
+        files = {
+            f"{_ROWS}/{p.path}": fingerprint(self._filesystem, f"{folder}/{_ROWS}/{p.path}") | asdict(p) for p in parts
+        }
         if learner.exchange.rank == 0:
             self._filesystem.create_dir(folder, recursive=True)
             path = f"{folder}/dense.safetensors"
             self._write(path, safetensors.torch.save(_dense_state(learner)))
-            files["dense.safetensors"] = self._fingerprint(path)
+            files["dense.safetensors"] = fingerprint(self._filesystem, path)
         return files
 
     def _commit(self, day: datetime.date, manifest: dict[str, Any]) -> None:
@@ -214,7 +219,7 @@ class Checkpoints:
         want = checkpoint.manifest["files"][file]
         if not self._exists(path):
             raise UserError("a checkpoint file is missing", path, do=_retrain(checkpoint.day))
-        got = self._fingerprint(path)
+        got = fingerprint(self._filesystem, path)
         if any(got[key] != want[key] for key in got):
             raise UserError(
                 "a checkpoint file is damaged",
@@ -224,14 +229,6 @@ class Checkpoints:
                 do=_retrain(checkpoint.day),
             )
         return path
-
-    def _fingerprint(self, path: str) -> dict[str, Any]:
-        digest, size = hashlib.sha256(), 0
-        with self._filesystem.open_input_stream(path) as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-                size += len(chunk)
-        return {"bytes": size, "sha256": digest.hexdigest()}
 
     def _read(self, path: str) -> bytes:
         with self._filesystem.open_input_stream(path) as stream:
@@ -253,6 +250,16 @@ class Checkpoints:
         except (OSError, pa.ArrowException, safetensors.SafetensorError) as error:
             do = "free space or mend the storage, then run the same command again: the day before is untouched"
             raise UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do) from None
+
+
+def fingerprint(filesystem: pyarrow.fs.FileSystem, path: str) -> dict[str, Any]:
+    """A file's size and SHA-256."""
+    digest, size = hashlib.sha256(), 0
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _part(entry: dict[str, Any]) -> Part:

@@ -83,7 +83,8 @@ def train_day(
     steps = done = 0
     for batch in shares(learner, logs, plan, batch_size, lanes, learner.seed):
         mean_2N += torch.stack(train_step(learner, batch, plan.day.toordinal())).cpu()
-        answered_T += answered_rows(learner.graph, batch.labels_BT)
+        if new:
+            answered_T += answered_rows(learner.graph, batch.labels_BT)
         empty = [(ids.lengths_B == 0).sum() for ids in batch.ids.values()]
         nulls += torch.stack([*empty, *batch.numbers_BK.isnan().sum(0), *batch.labels_BT.isnan().sum(0)])
         steps, done = steps + 1, done + batch.num_rows

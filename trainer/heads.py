@@ -10,7 +10,7 @@ via post-click behavior decomposition, SIGIR 2020, eq. 3-6. Shape letters: B row
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -150,6 +150,7 @@ class TaskGraph:
         self.tasks, self._shown = dict(tasks), list(shown)
         self._column = {name: i for i, name in enumerate(tasks)}
         self.with_head = [name for name, task in tasks.items() if task.head is None]
+        self._measuring = {name: task for name, task in tasks.items() if task.loss.num_sums}
         self.by = {f"{name} by": task.loss.by for name, task in tasks.items() if task.loss.by}
         self._column |= {name: len(tasks) + i for i, name in enumerate(self.by)}
 
@@ -166,19 +167,17 @@ class TaskGraph:
 
     def measure(self, labels_BT: Tensor) -> Tensor:
         """What the losses must know of all rows, as sums that add up over workers: [J]."""
-        return torch.cat([task.loss.measure(*columns) for task, columns in self._measured(labels_BT)])
+        found = [
+            task.loss.measure(self._target(name, labels_BT), self.by_column(name, labels_BT))
+            for name, task in self._measuring.items()
+        ]
+        return torch.cat([labels_BT.new_zeros(0), *found])
 
     def update(self, sum_J: Tensor) -> None:
         """Hand the sums of a global batch to the losses."""
-        nothing = sum_J.new_zeros(0, len(self._column))
-        sizes = [task.loss.measure(*columns).numel() for task, columns in self._measured(nothing)]
-        for task, sums in zip(self.tasks.values(), sum_J.split(sizes), strict=True):
-            task.loss.update(sums)
-
-    def _measured(self, labels_BT: Tensor) -> Iterator[tuple[Task, tuple[Tensor, Tensor]]]:
-        targets_BT = self.targets(labels_BT)
-        for t, (name, task) in enumerate(self.tasks.items()):
-            yield task, (targets_BT[:, t], self.by_column(name, labels_BT))
+        losses = [task.loss for task in self._measuring.values()]
+        for loss, mine_J in zip(losses, sum_J.split([loss.num_sums for loss in losses]), strict=True):
+            loss.update(mine_J)
 
     def places(self, name: str) -> list[int]:
         """Where a task's logits stand among all."""

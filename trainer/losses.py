@@ -21,15 +21,16 @@ _BELOW_ALL = -1e9  # a logit that no softmax sees
 
 class Loss(nn.Module):
     """What every loss is. kind: what its predictions are: binary (a probability), regression (a value) or ranking (a
-    score without a unit). labels: the least and the most that a label may be. num_logits: L. in_lists: whether it
-    compares the rows of a group. by: a column of the log, or an expression, whose values it needs beside the labels:
-    by_B.
+    score without a unit). labels: the least and the most that a label may be. num_logits: L. num_sums: J, 0 where it
+    need not know more than its own rows. in_lists: whether it compares the rows of a group. by: a column of the log, or
+    an expression, whose values it needs beside the labels: by_B.
     """
 
     kind: ClassVar[str]
     labels: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     in_lists: ClassVar[bool] = False
     num_logits = 1
+    num_sums = 0
     by = ""
 
     def measure(self, label_B: Tensor, by_B: Tensor) -> Tensor:
@@ -165,12 +166,13 @@ class DurationQuantiles(Loss):
         self.by, self._bins, self._width = by, bins, math.log1p(most) / bins
         self.register_buffer("lengths", torch.tensor(sorted(lengths), dtype=torch.float64), persistent=False)
         self.register_buffer("counts_GZ", torch.zeros(len(lengths) + 1, bins, dtype=torch.float64))
+        self.num_sums = self.counts_GZ.numel()
 
     def measure(self, label_B: Tensor, by_B: Tensor) -> Tensor:
         known_B = ~(label_B.isnan() | by_B.isnan())
         group_B = torch.bucketize(by_B[known_B].double(), self.lengths, right=True)
         place_B = group_B * self._bins + self._bin(label_B[known_B])
-        return torch.bincount(place_B, minlength=self.counts_GZ.numel()).double()
+        return torch.bincount(place_B, minlength=self.num_sums).double()
 
     def update(self, sum_J: Tensor) -> None:
         self.counts_GZ = self.counts_GZ + sum_J.view_as(self.counts_GZ)

@@ -9,7 +9,6 @@ Served reads it, in Python; any other server does the same by export.json. Shape
 width of the body's entry, L longest list.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from embeddings.jagged import Jagged
 from embeddings.rowfile import RowFile, write_rows
+from trainer.checkpoint import fingerprint
 from trainer.data import Schema, as_table, decode, open_filesystem
 from trainer.errors import UserError
 from trainer.features import Inputs
@@ -61,7 +61,7 @@ def save(
         manifest = {"format": FORMAT, "torch": torch.__version__.partition("+")[0], **about}
         manifest |= {"user": _described(learner, schema, user), "item": _described(learner, schema, items)}
         manifest |= {"tables": tables, "outputs": learner.graph.addresses | {"score": "ranking"}}
-        manifest |= {"sha256": {name: _digest(filesystem, f"{folder}/{name}") for name in files}}
+        manifest |= {"sha256": {name: fingerprint(filesystem, f"{folder}/{name}")["sha256"] for name in files}}
         with filesystem.open_output_stream(f"{folder}/export.json") as stream:
             stream.write(json.dumps(manifest, indent=1).encode())
     except OSError as error:
@@ -83,10 +83,8 @@ class Served:
             do = "name the folder that daybreak export wrote"
             raise UserError("no exported model", path, got=str(error), do=do) from None
         for name, want in self.about["sha256"].items():
-            if (
-                not filesystem.get_file_info(f"{folder}/{name}").is_file
-                or _digest(filesystem, f"{folder}/{name}") != want
-            ):
+            file = f"{folder}/{name}"
+            if not filesystem.get_file_info(file).is_file or fingerprint(filesystem, file)["sha256"] != want:
                 raise UserError("a file of the export is damaged or missing", f"{path}/{name}", do="export again")
         self._rows = {
             name: RowFile(filesystem, f"{folder}/{table['file']}", _maybe_tensor(table["default"]))
@@ -96,6 +94,7 @@ class Served:
         for part in ("user", "item"):
             with filesystem.open_input_stream(f"{folder}/{part}.pt2") as stream:
                 self.programs[part] = torch.export.load(io.BytesIO(stream.read())).module()
+        self._schema = {part: _schema(self.about[part]) for part in self.programs}
 
     @torch.no_grad()
     def user(self, values: Mapping[str, Any]) -> Tensor:
@@ -112,8 +111,7 @@ class Served:
         return self.items(self.user(user), items)
 
     def _given(self, part: str, columns: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
-        about = self.about[part]
-        schema = _schema(about)
+        about, schema = self.about[part], self._schema[part]
         batch = decode(schema, as_table(schema, columns, f"the {part}'s values"), f"the {part}'s values")
         given = dict(zip(schema.numbers, batch.numbers_BK.unbind(1), strict=True))
         given |= dict(zip(schema.labels, batch.labels_BT.unbind(1), strict=True))
@@ -247,14 +245,6 @@ def _check(
     by = [of_items[name].unsqueeze(1) for name in learner.graph.by]
     for address, want_B in told(learner.graph, logits_BL, torch.cat([unknown_BT, *by], dim=1), powers).items():
         torch.testing.assert_close(got[address], want_B, rtol=_CLOSE, atol=_CLOSE, msg=f"{address}: the parts differ")
-
-
-def _digest(filesystem: Any, path: str) -> str:
-    digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _maybe_tensor(values: Sequence[float] | None) -> Tensor | None:
