@@ -29,6 +29,7 @@ from trainer import config
 from trainer.auxiliary import AUXILIARIES
 from trainer.balance import BALANCERS
 from trainer.bodies import BODIES
+from trainer.configfile import load
 from trainer.encoders import ENCODERS
 from trainer.learner import check
 from trainer.losses import LOSSES
@@ -96,7 +97,7 @@ def snippets(page: str, language: str) -> list[str]:
 def test_every_configuration_of_the_models_page_is_good_on_top_of_the_demo(snippet: str, tmp_path: Path) -> None:
     path = tmp_path / "snippet.yaml"
     path.write_text(f"extends: {ROOT / 'configs' / 'demo.yaml'}\n{snippet}")
-    check(config.load(str(path)))
+    check(load(str(path)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -141,7 +141,7 @@ def test_side_by_side_is_one_after_the_other(body: str) -> None:
     """Tolerance: twenty steps of float32, whose sums run in another order."""
     models = [synthetic.model(body, seed) for seed in range(3)]
     twins = copy.deepcopy(models)
-    batches = [[synthetic.Regressions(0.5, seed).rows(64) for seed in range(3)] for _ in range(20)]
+    batches = [[synthetic.Regressions(0.5, 3.0, seed).rows(64) for seed in range(3)] for _ in range(20)]
     fit_side_by_side(models, synthetic.GRAPH, batches)
     for seed, (model, twin) in enumerate(zip(models, twins, strict=True)):
         fit(twin, synthetic.GRAPH, [rows[seed] for rows in batches])
@@ -151,7 +151,12 @@ def test_side_by_side_is_one_after_the_other(body: str) -> None:
 
 def test_fit_puts_the_best_weights_back_and_stops_when_patience_is_over() -> None:
     """Oracle: checks that say 2, 1, 3, 3: the weights of the second are the best, and the fourth is one too many."""
-    data, model, states, answers = synthetic.Regressions(0.5, 0), synthetic.model("omoe", 0), [], iter([2, 1, 3, 3])
+    data, model, states, answers = (
+        synthetic.Regressions(0.5, 3.0, 0),
+        synthetic.model("omoe", 0),
+        [],
+        iter([2, 1, 3, 3]),
+    )
 
     def check() -> float:
         states.append(copy.deepcopy(model.state_dict()))
@@ -166,7 +171,9 @@ def test_fit_puts_the_best_weights_back_and_stops_when_patience_is_over() -> Non
 def test_the_labels_of_the_synthetic_tasks_correlate_as_is_known() -> None:
     """Pearson over draws of weights: about 0.33 at cosine 0.5, 0.99 and more at cosine 1 (only the noise differs)."""
     half, same = (
-        np.mean([np.corrcoef(synthetic.Regressions(c, seed).rows(4000).labels_BT.numpy().T)[0, 1] for seed in range(5)])
+        np.mean(
+            [np.corrcoef(synthetic.Regressions(c, 1.0, seed).rows(4000).labels_BT.numpy().T)[0, 1] for seed in range(5)]
+        )
         for c in (0.5, 1.0)
     )
     assert 0.2 < half < 0.6 and same > 0.98
@@ -174,7 +181,7 @@ def test_the_labels_of_the_synthetic_tasks_correlate_as_is_known() -> None:
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    some = [{"body": body, "cosine": 0.5, "steps": 3, "first": 0} for body in ("omoe", "mmoe")]
+    some = [{"body": body, "cosine": 0.5, "frequency": 3.0, "steps": 3, "first": 0} for body in ("omoe", "mmoe")]
     found = []
     for num in (1, 2):
         folder = tmp_path / str(num)
@@ -186,10 +193,10 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_short_synthetic_a_gate_a_task_beats_one_gate_where_tasks_differ(tmp_path: Path) -> None:
-    """Weights at right angles, paired over eight seeds: t was 2.4 after two thirds of the steps, and grows."""
+    """Weights at right angles, paired over eight seeds."""
     page = run(tmp_path, "--short", "--part", "a")
     results = [json.loads(path.read_text()) for path in (tmp_path / "short" / "a").glob("*.json")]
-    ratio = synthetic.gap(results, "omoe", 0.0)
+    ratio = synthetic.gap(results, "omoe", 0.0, synthetic.SMOOTH)
     assert len(ratio) == 8 and Sample(np.array(list(ratio.values()))).t > 2
     assert "MMoE" in page and "open: too few seeds" in page  # what the short form leaves out
 
