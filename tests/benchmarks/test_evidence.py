@@ -193,7 +193,10 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_short_synthetic_a_gate_a_task_beats_one_gate_where_tasks_differ(tmp_path: Path) -> None:
-    """Weights at right angles, paired over eight seeds."""
+    """Weights at right angles, paired over eight seeds. The setting was chosen because the difference shows in it (t
+    3.7 when it was; 2.0 after 1,200 steps): whoever breaks a gate will see it, whoever doubts the claim should not be
+    persuaded.
+    """
     page = run(tmp_path, "--short", "--part", "a")
     results = [json.loads(path.read_text()) for path in (tmp_path / "short" / "a").glob("*.json")]
     ratio = synthetic.gap(results, "omoe", 0.0, synthetic.SMOOTH)
