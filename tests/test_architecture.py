@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["embeddings", "trainer", "cluster"]
+PACKAGES = ["embeddings", "trainer", "tune", "cluster"]
 
 # Reading order is import order. A file may import those before it, in its own package, and anything of the packages on
 # the left.
@@ -16,6 +16,7 @@ ORDER = {
     "trainer": "errors expressions config checks configfile pieces lanes data draws numbers features layers bodies "
     "encoders towers losses heads auxiliary model objective balance health learner step metrics agree checkpoint "
     "predictions parts serving pictures tracking day workers",
+    "tune": "space search fusion",
     "cluster": "simulate registry nightly predict export doctor tables cli",
 }
 
@@ -25,6 +26,7 @@ DOORS = {
     "numba": {f"embeddings/{name}.py" for name in ("buckets", "dedupe", "idmap", "kernels", "tallies", "admission")},
     "ray": {"trainer/workers.py"},
     "mlflow": {"trainer/tracking.py"},
+    "optuna": {"tune/search.py"},
     "matplotlib": {"trainer/pictures.py"},
     "yaml": {"trainer/configfile.py"},
     "pydantic": {"trainer/configfile.py"},

@@ -20,21 +20,29 @@ _PART = re.compile(r"part-\d{5}-of-\d{5}\.parquet(\.tmp)?")
 
 def told(graph: TaskGraph, logits_BL: Tensor, labels_BT: Tensor, powers: Mapping[str, float]) -> dict[str, Tensor]:
     """What the world is told of some rows: by address each prediction in the unit of its label, and the fused `score`,
-    the product of predictions to their powers. A ranking's score has no unit: it counts as a logarithm. labels_BT: see
-    TaskGraph.predictions.
+    the product of predictions to their powers. labels_BT: see TaskGraph.predictions.
     """
-    predictions, log_score_B = graph.predictions(logits_BL, labels_BT), torch.zeros_like(logits_BL[:, 0])
-    for address, power in powers.items():
-        ranks = graph.addresses[address] == "ranking"
-        log_score_B = log_score_B + power * (
-            predictions[address] if ranks else predictions[address].clamp(min=1e-30).log()
-        )
+    predictions = graph.predictions(logits_BL, labels_BT)
     in_units = {
         address: graph.tasks[address.split("@")[0]].to_label(predictions[address])
         for address, kind in graph.addresses.items()
         if kind == "regression"
     }
-    return predictions | in_units | {"score": log_score_B.exp()}
+    score_B = log_fused(in_logs(predictions, graph.addresses), powers).exp()
+    return predictions | in_units | {"score": score_B}
+
+
+def in_logs(predictions: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
+    """The logarithms of predictions, by address. A ranking's score has no unit: it counts as a logarithm."""
+    return {
+        address: values_B if kinds[address] == "ranking" else values_B.clamp(min=1e-30).log()
+        for address, values_B in predictions.items()
+    }
+
+
+def log_fused(logs: Mapping[str, Tensor], powers: Mapping[str, float]) -> Tensor:
+    """The logarithm of the product of predictions to their powers, which at least one address has."""
+    return torch.stack([power * logs[address] for address, power in powers.items()]).sum(0)
 
 
 class PredictionFile:
