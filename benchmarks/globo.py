@@ -52,6 +52,7 @@ def run(
     from cluster.nightly import open_checkpoints, pending, train
     from cluster.predict import evaluate
     from trainer.configfile import load
+    from trainer.intervals import Interval
     from trainer.learner import build_model, open_logs
 
     torch.set_num_threads(1)
@@ -63,11 +64,11 @@ def run(
             logged = {name: feature for name, feature in config.features.items() if feature.kind != "id_stats"}
             config = dataclasses.replace(config, features=logged)
         checkpoints = open_checkpoints(config)
-        plans = pending(config, open_logs(config), checkpoints, None, through)
+        plans = pending(config, open_logs(config), checkpoints, None, Interval(through))
         train(config, plans, use_ray=False, on_event=lambda event: None)
-        days = [plan.day for plan in plans if plan.day >= first]
+        days = [plan.interval for plan in plans if plan.interval.day >= first]
         updated = {str(day): checkpoints.open(day).report["metrics"] for day in days}
-        last_before = first - datetime.timedelta(days=1)
+        last_before = Interval(first - datetime.timedelta(days=1))
         quiet = {"use_ray": False, "on_event": lambda event: None}
         frozen = {str(day): evaluate(config, day, last_before, **quiet)["metrics"] for day in days}  # type: ignore[arg-type]
         parameters = sum(p.numel() for p in build_model(config).parameters())

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from trainer.errors import UserError
+from trainer.intervals import Interval
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
 
@@ -77,7 +78,7 @@ def simulate(
 @app.command()
 def train(
     config: Config,
-    day: Annotated[str, typer.Option(help="The day, YYYY-MM-DD.")],
+    day: Annotated[str, typer.Option(help="The day, YYYY-MM-DD, or hour, YYYY-MM-DDTHH.")],
     sets: Set = [],  # noqa: B006 - typer's way
     no_ray: NoRay = False,
     as_json: Json = False,
@@ -88,29 +89,29 @@ def train(
     from cluster.tables import Show
     from trainer.learner import open_logs
 
-    settings, date, console = _load(config, sets), _day(day, "--day"), _console(as_json)
+    settings, interval, console = _load(config, sets), _interval(day, "--day"), _console(as_json)
     checkpoints = open_checkpoints(settings)
-    committed = checkpoints.days()
-    if date in committed:
-        _say(console, f"day {date} is trained already: {checkpoints.path}")
-    elif committed and date < committed[-1]:
+    committed = checkpoints.intervals()
+    if interval in committed:
+        _say(console, f"{interval.words} is trained already: {checkpoints.path}")
+    elif committed and interval < committed[-1]:
         raise UserError(
-            f"day {date} lies before the newest checkpoint",
+            f"{interval.words} lies before the newest checkpoint",
             checkpoints.path,
             got=f"trained through {committed[-1]}",
             do="days are trained in order: remove the later checkpoints to go back",
         )
     else:
         with Show(console) as show:
-            train_days(settings, [open_logs(settings).plan(date)], use_ray=not no_ray, on_event=show.event)
-    _finish(as_json, day_entry(checkpoints, date, date not in committed))
+            train_days(settings, [open_logs(settings).plan(interval)], use_ray=not no_ray, on_event=show.event)
+    _finish(as_json, day_entry(checkpoints, interval, interval not in committed))
 
 
 @app.command()
 def nightly(
     config: Config,
-    first: Annotated[str | None, typer.Option("--from", help="The first day, YYYY-MM-DD.")] = None,
-    through: Annotated[str | None, typer.Option(help="The last day, YYYY-MM-DD.")] = None,
+    first: Annotated[str | None, typer.Option("--from", help="The first day, or hour.")] = None,
+    through: Annotated[str | None, typer.Option(help="The last day, or hour.")] = None,
     truth: Annotated[
         str | None, typer.Option(help="A simulation's folder: also show the AUC that the true law reaches.")
     ] = None,
@@ -126,8 +127,8 @@ def nightly(
     with Show(console) as show:
         report = run(
             settings,
-            first=_maybe_day(first, "--from"),
-            through=_maybe_day(through, "--through"),
+            first=_maybe_interval(first, "--from"),
+            through=_maybe_interval(through, "--through"),
             use_ray=not no_ray,
             on_event=show.event,
         )
@@ -135,7 +136,7 @@ def nightly(
     if truth:
         from cluster.simulate import law_auc
 
-        law = {entry["day"]: law_auc(truth, datetime.date.fromisoformat(entry["day"])) for entry in report["days"]}
+        law = {entry["day"]: law_auc(truth, _day(entry["day"], "--truth")) for entry in report["days"]}
     console.print(days_table(report["days"], law))
     _print_states(console, report["days"])
     _say(console, _how_to_open(settings.tracking.mlflow))
@@ -145,7 +146,7 @@ def nightly(
 @app.command()
 def predict(
     config: Config,
-    day: Annotated[str, typer.Option(help="The day whose rows are scored, YYYY-MM-DD.")],
+    day: Annotated[str, typer.Option(help="The day, or hour, whose rows are scored.")],
     out: Annotated[str, typer.Option(help="The folder for the Parquet files.")],
     sets: Set = [],  # noqa: B006
     no_ray: NoRay = False,
@@ -157,7 +158,7 @@ def predict(
 
     settings, console = _load(config, sets), _console(as_json)
     with Show(console) as show:
-        report = run(settings, _day(day, "--day"), out, use_ray=not no_ray, on_event=show.event)
+        report = run(settings, _interval(day, "--day"), out, use_ray=not no_ray, on_event=show.event)
     _say(console, f"{report['rows']:,} rows scored into {out} by the model of {report['trained_through']}")
     _finish(as_json, report)
 
@@ -176,7 +177,7 @@ def export(
     from cluster.export import export as run
 
     settings, console = _load(config, sets), _console(as_json)
-    report = run(settings, out, _maybe_day(day, "--day"))
+    report = run(settings, out, _maybe_interval(day, "--day"))
     rows = sum(table["rows"] for table in report["tables"].values())
     _say(console, f"the model of {report['trained_through']} with {rows:,} rows in {out}")
     _finish(as_json, report)
@@ -185,8 +186,8 @@ def export(
 @app.command()
 def evaluate(
     config: Config,
-    day: Annotated[str, typer.Option(help="The day whose rows are scored, YYYY-MM-DD.")],
-    model_day: Annotated[str, typer.Option(help="The last day that the model was trained on, YYYY-MM-DD.")],
+    day: Annotated[str, typer.Option(help="The day, or hour, whose rows are scored.")],
+    model_day: Annotated[str, typer.Option(help="The last day, or hour, that the model was trained on.")],
     sets: Set = [],  # noqa: B006
     no_ray: NoRay = False,
     as_json: Json = False,
@@ -196,9 +197,9 @@ def evaluate(
     from cluster.tables import Show, metrics_table
 
     settings, console = _load(config, sets), _console(as_json)
-    dates = _day(day, "--day"), _day(model_day, "--model-day")
+    intervals = _interval(day, "--day"), _interval(model_day, "--model-day")
     with Show(console) as show:
-        report = measure(settings, *dates, use_ray=not no_ray, on_event=show.event)
+        report = measure(settings, *intervals, use_ray=not no_ray, on_event=show.event)
     console.print(metrics_table(report["metrics"], f"{day} by the model of {model_day}"))
     _finish(as_json, report)
 
@@ -211,15 +212,15 @@ def status(config: Config, sets: Set = [], as_json: Json = False) -> None:  # no
 
     settings, console = _load(config, sets), _console(as_json)
     checkpoints = open_checkpoints(settings)
-    days = [day_entry(checkpoints, day, False) for day in checkpoints.days()]
+    days = [day_entry(checkpoints, interval, False) for interval in checkpoints.intervals()]
     champion = Morning(settings, checkpoints).champion()
     if days:
         console.print(days_table(days))
     else:
         _say(console, f"no day is done yet in {checkpoints.path}")
     _print_states(console, days)
-    _say(console, f"champion: {champion.day if champion else 'none'}")
-    _finish(as_json, {"model": settings.name, "champion": str(champion.day) if champion else None, "days": days})
+    _say(console, f"champion: {champion.interval if champion else 'none'}")
+    _finish(as_json, {"model": settings.name, "champion": champion.interval.name if champion else None, "days": days})
 
 
 def main() -> None:
@@ -287,8 +288,12 @@ def _day(text: str, option: str) -> datetime.date:
         raise UserError("not a day", option, got=repr(text), expected="YYYY-MM-DD", do=do) from None
 
 
-def _maybe_day(text: str | None, option: str) -> datetime.date | None:
-    return None if text is None else _day(text, option)
+def _interval(text: str, option: str) -> Interval:
+    return Interval.parse(text, option)
+
+
+def _maybe_interval(text: str | None, option: str) -> Interval | None:
+    return None if text is None else _interval(text, option)
 
 
 def _print_states(console: Console, days: list[dict[str, Any]]) -> None:

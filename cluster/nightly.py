@@ -10,7 +10,6 @@ A day is trained when its manifest is there, and done when its decision is there
 on from that.
 """
 
-import datetime
 import json
 import time
 from collections.abc import Callable
@@ -23,20 +22,20 @@ from trainer.config import Config, as_dict, flatten
 from trainer.data import DayPlan, Logs
 from trainer.day import run_day
 from trainer.errors import UserError
+from trainer.intervals import Interval
 from trainer.learner import build, check, open_logs
 from trainer.pictures import days_picture, gates_picture
 from trainer.tracking import Tracking
 from trainer.workers import Event, Worker, run_here, run_on_ray
 
 _PROGRESS_EVERY_S = 0.25
-_ONE_DAY = datetime.timedelta(days=1)
 
 
 def nightly(
     config: Config,
     *,
-    first: datetime.date | None = None,
-    through: datetime.date | None = None,
+    first: Interval | None = None,
+    through: Interval | None = None,
     use_ray: bool = True,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
@@ -60,9 +59,9 @@ def nightly(
             train(config, plans, use_ray=use_ray, on_event=hear)
         finally:
             morning.decide_all()  # also when the night ended early, or a worker was lost before it told of a commit
-    trained = {plan.day for plan in plans}
-    days = [d for d in checkpoints.days() if (first is None or d >= first) and (through is None or d <= through)]
-    return {"model": config.name, "days": [day_entry(checkpoints, day, day in trained) for day in days]}
+    trained = {plan.interval for plan in plans}
+    done = [i for i in checkpoints.intervals() if (first is None or i >= first) and (through is None or i <= through)]
+    return {"model": config.name, "days": [day_entry(checkpoints, i, i in trained) for i in done]}
 
 
 def open_checkpoints(config: Config) -> Checkpoints:
@@ -70,21 +69,23 @@ def open_checkpoints(config: Config) -> Checkpoints:
 
 
 def pending(
-    config: Config, logs: Logs, checkpoints: Checkpoints, first: datetime.date | None, through: datetime.date | None
+    config: Config, logs: Logs, checkpoints: Checkpoints, first: Interval | None, through: Interval | None
 ) -> list[DayPlan]:
-    """The days to train on: after the newest committed one, within first .. through. Their footers are read and
+    """The intervals to train on: after the newest committed one, within first .. through. Their footers are read and
     checked here.
     """
-    committed, present = checkpoints.days(), logs.days()
-    start = max([d for d in (first, committed[-1] + _ONE_DAY if committed else present[0]) if d])
+    committed, present = checkpoints.intervals(), logs.intervals()
+    start = max(i for i in (first, committed[-1].next() if committed else present[0]) if i)
     end = through or present[-1]
-    days = [d for d in present if start <= d <= end]
-    if config.nightly.missing_days == "stop" and start <= end:
-        expected = [start + i * _ONE_DAY for i in range((end - start).days + 1)]
-        if missing := [str(d) for d in expected if d not in days]:
-            do = "deliver it, narrow --from and --through, or set nightly.missing_days=skip"
-            raise UserError(f"day {missing[0]} is missing", logs.path, got=f"days {present[0]} .. {present[-1]}", do=do)
-    return [logs.plan(day) for day in days]
+    wanted = [i for i in present if start <= i <= end]
+    if config.nightly.missing_days == "stop":
+        expected = start
+        while expected <= end:
+            if expected not in wanted:
+                got, do = f"{present[0]} .. {present[-1]}", "deliver it, narrow --from and --through, or set "
+                raise UserError(f"{expected.words} is missing", logs.path, got, do=f"{do}nightly.missing_days=skip")
+            expected = expected.next()
+    return [logs.plan(interval) for interval in wanted]
 
 
 def train(config: Config, plans: list[DayPlan], *, use_ray: bool, on_event: Callable[[Event], None]) -> None:
@@ -103,12 +104,12 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
     """What each worker does: the days that are not committed yet, in order, from the newest checkpoint before them."""
     checkpoints, logs = open_checkpoints(config), open_logs(config)
     learner = build(config, worker.exchange, worker.device)
-    latest = checkpoints.latest(before=plans[-1].day + _ONE_DAY)
+    latest = checkpoints.latest(before=plans[-1].interval.next())
     if latest:
         checkpoints.load(learner, latest)
-    newest = latest.day if latest else None
+    newest = latest.interval if latest else None
     for plan in plans:
-        if newest and plan.day <= newest:
+        if newest and plan.interval <= newest:
             continue  # committed before the workers were started again
         report = run_day(
             learner,
@@ -120,10 +121,10 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
             score=newest is not None,
             progress=teller(worker, plan),
         )
-        checkpoints.save(learner, plan.day, report)
-        newest = plan.day
+        checkpoints.save(learner, plan.interval, report)
+        newest = plan.interval
         if worker.exchange.rank == 0:
-            worker.emit({"event": "committed", "day": str(plan.day), "report": report})
+            worker.emit({"event": "committed", "day": plan.interval.name, "report": report})
 
 
 def teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:
@@ -134,7 +135,7 @@ def teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:
         nonlocal told
         if worker.exchange.rank == 0 and time.monotonic() - told > _PROGRESS_EVERY_S:
             told = time.monotonic()
-            event = {"event": "progress", "day": str(plan.day), "phase": phase, "rows": min(rows, plan.num_rows)}
+            event = {"event": "progress", "day": plan.interval.name, "phase": phase, "rows": min(rows, plan.num_rows)}
             worker.emit(event | {"of": plan.num_rows})
 
     return progress
@@ -156,9 +157,9 @@ class Morning:
 
     def decide_all(self) -> None:
         """Every committed day that has no decision yet, in order."""
-        for day in self._checkpoints.days():
-            if self._checkpoints.decision(day) is None:
-                self._decide(self._checkpoints.open(day))
+        for interval in self._checkpoints.intervals():
+            if self._checkpoints.decision(interval) is None:
+                self._decide(self._checkpoints.open(interval))
 
     def _decide(self, checkpoint: Checkpoint) -> None:
         report, champion = checkpoint.report, self.champion()
@@ -172,24 +173,24 @@ class Morning:
         if decision.state == "promoted":
             self._tracking.set_alias("champion", version)
         record = {"state": decision.state, "reason": decision.reason, "run_id": run_id, "version": version}
-        self._checkpoints.decide(checkpoint.day, record)
+        self._checkpoints.decide(checkpoint.interval, record)
 
-    def champion(self, before: datetime.date | None = None) -> Checkpoint | None:
+    def champion(self, before: Interval | None = None) -> Checkpoint | None:
         """The checkpoint that serves: the newest promoted day's, or that of the newest one before a day."""
-        for day in reversed(self._checkpoints.days()):
-            if (before is None or day < before) and self._state(day) == "promoted":
-                return self._checkpoints.open(day)
+        for interval in reversed(self._checkpoints.intervals()):
+            if (before is None or interval < before) and self._state(interval) == "promoted":
+                return self._checkpoints.open(interval)
         return None
 
-    def must_have_champion(self, before: datetime.date | None = None) -> Checkpoint:
+    def must_have_champion(self, before: Interval | None = None) -> Checkpoint:
         """The champion from before a day, or the champion; a UserError while there is none."""
         champion = self.champion(before) or self.champion()
         if champion is None:
             raise UserError("no model is promoted yet", self._checkpoints.path, do="run nightly first")
         return champion
 
-    def _state(self, day: datetime.date) -> str | None:
-        return (self._checkpoints.decision(day) or {}).get("state")
+    def _state(self, interval: Interval) -> str | None:
+        return (self._checkpoints.decision(interval) or {}).get("state")
 
     @staticmethod
     def _first_address(report: dict[str, Any]) -> list[str]:
@@ -200,9 +201,9 @@ class Morning:
         counted = flatten({key: value for key, value in report.items() if key != "metrics"})
         metrics = {key.replace(".", "/"): value for key, value in counted.items() if isinstance(value, int | float)}
         history = [
-            (str(d), flatten_metrics(self._checkpoints.open(d).report))
-            for d in self._checkpoints.days()
-            if d <= checkpoint.day
+            (interval.name, flatten_metrics(self._checkpoints.open(interval).report))
+            for interval in self._checkpoints.intervals()
+            if interval <= checkpoint.interval
         ]
         title = f"{self._config.name}, {report['day']}: mean shares of experts"
         gates = {"gates.png": gates_picture(report["gates"], title)} if report["gates"] else {}
@@ -231,10 +232,10 @@ def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def day_entry(checkpoints: Checkpoints, day: datetime.date, trained: bool) -> dict[str, Any]:
-    """One day as `nightly --json` prints it."""
-    report = checkpoints.open(day).report
-    decision = checkpoints.decision(day) or {"state": "undecided", "reason": "not logged and judged yet"}
+def day_entry(checkpoints: Checkpoints, interval: Interval, trained: bool) -> dict[str, Any]:
+    """One interval as `nightly --json` prints it."""
+    report = checkpoints.open(interval).report
+    decision = checkpoints.decision(interval) or {"state": "undecided", "reason": "not logged and judged yet"}
     wanted = "day rows seconds samples_per_s workers memory_bytes metrics losses weights gates nulls ids".split()
     return {key: report[key] for key in wanted} | {
         "state": decision["state"],

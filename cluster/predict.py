@@ -1,6 +1,5 @@
 """A day's scores without training: written as Parquet, one file a worker, or measured against the day's labels."""
 
-import datetime
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Config, absolute
 from trainer.data import DayPlan
 from trainer.day import score_day, shares
+from trainer.intervals import Interval
 from trainer.learner import build, check, fusion_powers, open_logs
 from trainer.predictions import PredictionFile, told
 from trainer.step import score_step
@@ -20,32 +20,33 @@ from trainer.workers import Event, Worker
 
 
 def predict(
-    config: Config, day: datetime.date, out: str, *, use_ray: bool = True, on_event: Callable[[Event], None]
+    config: Config, interval: Interval, out: str, *, use_ray: bool = True, on_event: Callable[[Event], None]
 ) -> dict[str, Any]:
     """Score a day into out/. The model is the newest promoted one from before the day, or the newest promoted one at
     all.
     """
     check(config)
-    checkpoint = Morning(config, open_checkpoints(config)).must_have_champion(before=day)
-    plan = open_logs(config).plan(day)
+    checkpoint = Morning(config, open_checkpoints(config)).must_have_champion(before=interval)
+    plan = open_logs(config).plan(interval)
     job = partial(_write, config=config, plan=plan, checkpoint=checkpoint, out=absolute(out))
     rows = run(job, config, use_ray, on_event)
-    return {"model": config.name, "day": str(day), "trained_through": str(checkpoint.day), "rows": rows, "out": out}
+    through = checkpoint.interval.name
+    return {"model": config.name, "day": interval.name, "trained_through": through, "rows": rows, "out": out}
 
 
 def evaluate(
     config: Config,
-    day: datetime.date,
-    model_day: datetime.date,
+    interval: Interval,
+    model_of: Interval,
     *,
     use_ray: bool = True,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """The metrics of a day by the model that was trained through model_day."""
-    checkpoint = open_checkpoints(config).open(model_day)
-    job = partial(_measure, config=config, plan=open_logs(config).plan(day), checkpoint=checkpoint)
+    """The metrics of a day by the model that was trained through model_of."""
+    checkpoint = open_checkpoints(config).open(model_of)
+    job = partial(_measure, config=config, plan=open_logs(config).plan(interval), checkpoint=checkpoint)
     metrics = run(job, config, use_ray, on_event)
-    return {"model": config.name, "day": str(day), "trained_through": str(model_day), "metrics": metrics}
+    return {"model": config.name, "day": interval.name, "trained_through": model_of.name, "metrics": metrics}
 
 
 def _measure(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,7 +11,6 @@ JSON.
 """
 
 import contextlib
-import datetime
 import hashlib
 import json
 import uuid
@@ -33,20 +32,21 @@ from embeddings.snapshot import Layer, Part, Snapshot, load
 from trainer.agree import gather_json, together
 from trainer.data import list_folder, open_filesystem, parse_day
 from trainer.errors import UserError
+from trainer.intervals import Interval
 from trainer.learner import Learner
 
 FORMAT = 1
 Result = TypeVar("Result")
 _ROWS = "rows"
-_DAY = "day="
+_DAY, _HOUR = "day=", "hour="
 _UNDO = "undo the change of the configuration, or train under a new name"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed day. report: what happened on it (metrics, counts, seconds)."""
+    """A committed interval. report: what happened on it (metrics, counts, seconds)."""
 
-    day: datetime.date
+    interval: Interval
     folder: str
     manifest: dict[str, Any]
 
@@ -68,28 +68,35 @@ class Checkpoints:
         self._filesystem, root = open_filesystem(path)
         self.path, self._root = f"{path.rstrip('/')}/{model}", f"{root}/{model}"
 
-    def days(self) -> list[datetime.date]:
-        """The committed days, in order."""
-        found = list_folder(self._filesystem, self._root)
-        names = sorted(info.base_name for info in found if info.base_name.startswith(_DAY))
-        days = [parse_day(name.removeprefix(_DAY), f"{self.path}/{name}") for name in names]
-        return [day for day in days if self._exists(f"{self._folder(day)}/manifest.json")]
+    def intervals(self) -> list[Interval]:
+        """The committed intervals, in order."""
+        days = [parse_day(name, f"{self.path}/{_DAY}{name}") for name in self._below(self._root, _DAY)]
+        found = [Interval(day) for day in days]
+        found += [Interval(i.day, int(hour)) for i in found for hour in self._below(self._folder(i), _HOUR)]
+        return sorted(i for i in found if self._exists(f"{self._folder(i)}/manifest.json"))
 
-    def open(self, day: datetime.date) -> Checkpoint:
-        """The manifest of a committed day."""
-        path = f"{self._folder(day)}/manifest.json"
+    def _below(self, folder: str, prefix: str) -> list[str]:
+        """The values of a folder's partitions."""
+        names = sorted(info.base_name for info in list_folder(self._filesystem, folder))
+        return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+    def open(self, interval: Interval) -> Checkpoint:
+        """The manifest of a committed interval."""
+        path = f"{self._folder(interval)}/manifest.json"
         if not self._exists(path):
-            got = ", ".join(map(str, self.days())) or "none"
-            raise UserError(f"no checkpoint of day {day}", self.path, got=got, do="choose one of these days")
+            got = ", ".join(map(str, self.intervals())) or "none"
+            raise UserError(f"no checkpoint of {interval.words}", self.path, got=got, do="choose one of these")
         try:
             manifest = json.loads(self._read(path))
         except (ValueError, OSError) as error:
             raise UserError(
-                "the checkpoint's manifest cannot be read", path, got=str(error), do=_retrain(day)
+                "the checkpoint's manifest cannot be read", path, got=str(error), do=_retrain(interval)
             ) from None
         if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
             got, expected = "a text with another SHA-256", "the text that was written"
-            raise UserError("the checkpoint's manifest is damaged", path, got=got, expected=expected, do=_retrain(day))
+            raise UserError(
+                "the checkpoint's manifest is damaged", path, got=got, expected=expected, do=_retrain(interval)
+            )
         if manifest["format"] != FORMAT or manifest["num_buckets"] != NUM_BUCKETS:
             got, expected = (
                 f"format {manifest['format']}, {manifest['num_buckets']} buckets",
@@ -97,34 +104,34 @@ class Checkpoints:
             )
             do = "use the version of the program that wrote it, or train under a new name"
             raise UserError("a checkpoint of another version", path, got=got, expected=expected, do=do)
-        return Checkpoint(day, self._folder(day), manifest)
+        return Checkpoint(interval, self._folder(interval), manifest)
 
-    def latest(self, before: datetime.date | None = None) -> Checkpoint | None:
-        """The newest committed day, or the newest one before a day."""
-        days = [day for day in self.days() if before is None or day < before]
-        return self.open(days[-1]) if days else None
+    def latest(self, before: Interval | None = None) -> Checkpoint | None:
+        """The newest committed interval, or the newest one before another."""
+        found = [interval for interval in self.intervals() if before is None or interval < before]
+        return self.open(found[-1]) if found else None
 
-    def decision(self, day: datetime.date) -> dict[str, Any] | None:
-        """What was decided about a committed day, or None while nothing is."""
-        path = f"{self._folder(day)}/decision.json"
+    def decision(self, interval: Interval) -> dict[str, Any] | None:
+        """What was decided about a committed interval, or None while nothing is."""
+        path = f"{self._folder(interval)}/decision.json"
         try:
             return json.loads(self._read(path)) if self._exists(path) else None
         except (ValueError, OSError) as error:
             do = "restore the file from a copy, or remove it: the next nightly decides anew"
             raise UserError("the day's decision cannot be read", path, got=str(error), do=do) from None
 
-    def decide(self, day: datetime.date, decision: dict[str, Any]) -> None:
-        """Write down what was decided about a committed day."""
+    def decide(self, interval: Interval, decision: dict[str, Any]) -> None:
+        """Write down what was decided about a committed interval."""
         content = json.dumps(decision, indent=1).encode()
-        self._stored(lambda: self._write_whole(f"{self._folder(day)}/decision.json", content))
+        self._stored(lambda: self._write_whole(f"{self._folder(interval)}/decision.json", content))
 
-    def save(self, learner: Learner, day: datetime.date, report: dict[str, Any]) -> None:
-        """Write a day and commit it. Collective; when a worker fails to write its part, all raise and nothing is
+    def save(self, learner: Learner, interval: Interval, report: dict[str, Any]) -> None:
+        """Write an interval and commit it. Collective; when a worker fails to write its part, all raise and nothing is
         committed.
         """
         exchange = learner.exchange
         attempt = self._attempt(learner)
-        folder = f"{self._folder(day)}/{attempt}"
+        folder = f"{self._folder(interval)}/{attempt}"
         try:
             files = together(exchange, lambda: self._stored(lambda: self._write_parts(learner, folder)))
         except UserError:
@@ -141,12 +148,14 @@ class Checkpoints:
             "files": {path: entry for part in all_files for path, entry in part.items()},
             "report": report,
         }
-        together(exchange, lambda: exchange.rank or self._stored(lambda: self._commit(day, manifest)))
+        together(exchange, lambda: exchange.rank or self._stored(lambda: self._commit(interval, manifest)))
 
     def load(self, learner: Learner, checkpoint: Checkpoint) -> None:
         """Fill a fresh learner from a checkpoint of any number of workers. Collective."""
         together(learner.exchange, lambda: self._stored(lambda: self._read_parts(learner, checkpoint)))
-        learner.embeddings.shard.begin_day(checkpoint.day.toordinal())  # whoever must go is judged as of that day
+        learner.embeddings.shard.begin_day(
+            checkpoint.interval.day.toordinal()
+        )  # whoever must go is judged as of that day
         try:
             learner.embeddings.shard.fit()
         except TooManyRows as error:
@@ -156,8 +165,8 @@ class Checkpoints:
                 "a table holds more rows than it may", f"tables.{error.table}", got=got, expected=expected, do=do
             ) from None
 
-    def _folder(self, day: datetime.date) -> str:
-        return f"{self._root}/{_DAY}{day}"
+    def _folder(self, interval: Interval) -> str:
+        return f"{self._root}/{interval.folder}"
 
     def _exists(self, path: str) -> bool:
         return bool(self._filesystem.get_file_info(path).type == pyarrow.fs.FileType.File)
@@ -179,10 +188,10 @@ class Checkpoints:
             files["dense.safetensors"] = fingerprint(self._filesystem, path)
         return files
 
-    def _commit(self, day: datetime.date, manifest: dict[str, Any]) -> None:
+    def _commit(self, interval: Interval, manifest: dict[str, Any]) -> None:
         manifest = manifest | {"sha256": _digest(manifest)}
-        self._write_whole(f"{self._folder(day)}/manifest.json", json.dumps(manifest, indent=1).encode())
-        for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._folder(day))):
+        self._write_whole(f"{self._folder(interval)}/manifest.json", json.dumps(manifest, indent=1).encode())
+        for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._folder(interval))):
             if info.type == pyarrow.fs.FileType.Directory and info.base_name != manifest["attempt"]:
                 self._filesystem.delete_dir(info.path)  # what killed attempts left behind
 
@@ -218,7 +227,7 @@ class Checkpoints:
         path = f"{checkpoint.folder}/{checkpoint.manifest['attempt']}/{file}"
         want = checkpoint.manifest["files"][file]
         if not self._exists(path):
-            raise UserError("a checkpoint file is missing", path, do=_retrain(checkpoint.day))
+            raise UserError("a checkpoint file is missing", path, do=_retrain(checkpoint.interval))
         got = fingerprint(self._filesystem, path)
         if any(got[key] != want[key] for key in got):
             raise UserError(
@@ -226,7 +235,7 @@ class Checkpoints:
                 path,
                 got=f"{got['bytes']} bytes, SHA-256 {got['sha256'][:12]}...",
                 expected=f"{want['bytes']} bytes, SHA-256 {want['sha256'][:12]}...",
-                do=_retrain(checkpoint.day),
+                do=_retrain(checkpoint.interval),
             )
         return path
 
@@ -271,8 +280,8 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _retrain(day: datetime.date) -> str:
-    return f"restore the file from a copy, or remove the folder {_DAY}{day} and run again: the day is trained anew"
+def _retrain(interval: Interval) -> str:
+    return f"restore the file from a copy, or remove the folder {interval.folder} and run again: it is trained anew"
 
 
 def _dense_state(learner: Learner) -> dict[str, Tensor]:

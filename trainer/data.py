@@ -29,6 +29,7 @@ from torch import Tensor
 from embeddings.jagged import Jagged
 from trainer.errors import UserError
 from trainer.expressions import Expression, Values, parse
+from trainer.intervals import Interval
 from trainer.lanes import (
     DayPlan,
     Edges,
@@ -185,8 +186,8 @@ class Logs:
         self.path, self.schema, self._prefix = path, schema, f"{day_column}="
         self.filesystem, self._root = open_filesystem(path)
 
-    def days(self) -> list[datetime.date]:
-        """The days that are there, in order."""
+    def intervals(self) -> list[Interval]:
+        """The intervals that are there, in order."""
         found = list_folder(self.filesystem, self._root)
         folders = [info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory]
         names = sorted(name.removeprefix(self._prefix) for name in folders if name.startswith(self._prefix))
@@ -194,11 +195,11 @@ class Logs:
             got = f"{len(folders)} folders of other names" if folders else "no folders"
             expected, do = f"folders such as {self._prefix}2026-11-20", "correct data.path or data.day_column"
             raise UserError("no days found", self.path, got=got, expected=expected, do=do)
-        return [parse_day(name, f"{self.path}/{self._prefix}{name}") for name in names]
+        return [Interval(parse_day(name, f"{self.path}/{self._prefix}{name}")) for name in names]
 
-    def plan(self, day: datetime.date) -> DayPlan:
-        """Read the footers of a day's files and check their columns."""
-        folder = f"{self._root}/{self._prefix}{day}"
+    def plan(self, interval: Interval) -> DayPlan:
+        """Read the footers of an interval's files and check their columns."""
+        folder = f"{self._root}/{self._prefix}{interval.day}"
         files = [i for i in list_folder(self.filesystem, folder, recursive=True) if i.type == pyarrow.fs.FileType.File]
         paths = sorted(file.path for file in files if _is_data(file.path.removeprefix(folder)))
         groups: list[RowGroup] = []
@@ -216,8 +217,8 @@ class Logs:
         if not num_rows:
             got = f"{len(paths)} Parquet files without a row" if paths else "no Parquet files"
             do = "deliver the day, or remove its folder and ask for another day"
-            raise UserError(f"day {day} is empty", folder, got=got, expected="at least one row", do=do)
-        return DayPlan(day, tuple(groups))
+            raise UserError(f"{interval.words} is empty", folder, got=got, expected="at least one row", do=do)
+        return DayPlan(interval, tuple(groups))
 
     def _open(self, path: str) -> pq.ParquetFile:
         try:

@@ -32,7 +32,7 @@ def shares(
     here on it is that day: what is known of an id ages to it.
     """
     exchange = learner.exchange
-    learner.embeddings.shard.begin_day(plan.day.toordinal())
+    learner.embeddings.shard.begin_day(plan.interval.day.toordinal())
     mine = {"rank": exchange.rank, "num_workers": exchange.num_workers}
     whole_groups = seed is not None and learner.in_lists
     return agreed(
@@ -82,7 +82,7 @@ def train_day(
     nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels), dtype=torch.int64)
     steps = done = 0
     for batch in shares(learner, logs, plan, batch_size, lanes, learner.seed):
-        mean_2N += torch.stack(train_step(learner, batch, plan.day.toordinal())).cpu()
+        mean_2N += torch.stack(train_step(learner, batch, plan.interval.number)).cpu()
         if new:
             answered_T += answered_rows(learner.graph, batch.labels_BT)
         empty = [(ids.lengths_B == 0).sum() for ids in batch.ids.values()]
@@ -131,7 +131,7 @@ def run_day(
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = learner.exchange.all_reduce(torch.tensor([float(peak_bytes)], dtype=torch.float64))
     return {
-        "day": str(plan.day),
+        "day": plan.interval.name,
         "rows": plan.num_rows,
         "seconds": round(end - start, 3),
         "score_seconds": round(trained_from - start, 3),
@@ -156,7 +156,7 @@ def check_answered(learner: Learner, plan: DayPlan, rows_T: Sequence[int]) -> No
         if rows == 0:
             hangs = f", and rows where {task.given or task.where} happened" if task.given or task.where else ""
             expected, do = f"labels{hangs}", "correct the label, or drop the task; the day before is untouched"
-            got = f"none in the {plan.num_rows} rows of day {plan.day}"
+            got = f"none in the {plan.num_rows} rows of {plan.interval.words}"
             raise UserError("a task has no row to learn from", f"tasks.{name}", got=got, expected=expected, do=do)
 
 

@@ -8,7 +8,6 @@ where two workers' lanes meet. Where rows must not be parted, lanes and slices e
 group may be cut. What it costs: a worker holds one decoded row group a lane (fewer when lanes share one).
 """
 
-import datetime
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trainer.intervals import Interval
 
 Item = TypeVar("Item")
 
@@ -36,9 +37,9 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class DayPlan:
-    """A day's row groups, in the order of their files. All footers were read and all columns checked."""
+    """An interval's row groups, in the order of their files. All footers were read and all columns checked."""
 
-    day: datetime.date
+    interval: Interval
     row_groups: tuple[RowGroup, ...]
 
     @property
@@ -72,7 +73,7 @@ def nearest(edges: Edges, place: int) -> int:
 
 def open_lanes(plan: DayPlan, lanes: int, mine: range, seed: int | None, edges_of: EdgesOf) -> Iterator["Lane"]:
     """The lanes of one worker. seed None: rows stay in order."""
-    key = None if seed is None else (seed, plan.day.toordinal())
+    key = None if seed is None else (seed, plan.interval.number)
     line: Sequence[RowGroup] = plan.row_groups
     if key is not None:
         line = [plan.row_groups[i] for i in np.random.default_rng(key).permutation(len(plan.row_groups))]

@@ -25,6 +25,7 @@ from cluster.simulate import simulate
 from embeddings.exchange import LocalExchange
 from trainer.checkpoint import Checkpoints
 from trainer.configfile import load
+from trainer.intervals import Interval
 from trainer.learner import build
 
 ROOT = Path(__file__).parents[2]
@@ -89,9 +90,9 @@ def assert_loads(checkpoints: Path) -> None:
     """The first day is the only one, and every bit of it is good."""
     config = load("model.yaml")
     store = Checkpoints(str(checkpoints), config.name)
-    assert store.days() == [FIRST]
+    assert store.intervals() == [Interval(FIRST)]
     learner = build(config, LocalExchange())
-    store.load(learner, store.open(FIRST))
+    store.load(learner, store.open(Interval(FIRST)))
     assert learner.embeddings.shard.export("item")["key"].size > 16
 
 
@@ -362,8 +363,8 @@ def test_the_same_commands_go_through_when_nothing_is_wrong(daybreak: Run, case:
     ended = daybreak(*NIGHTLY)
     assert ended.code == 0 and "Traceback" not in ended.err
     config = load("model.yaml")
-    days = Checkpoints(config.checkpoints.path, config.name).days()
-    assert days == [FIRST + datetime.timedelta(days=i) for i in range(3)]
+    days = Checkpoints(config.checkpoints.path, config.name).intervals()
+    assert days == [Interval(FIRST + datetime.timedelta(days=i)) for i in range(3)]
 
 
 def test_bad_input_that_is_mended_leaves_no_trace(daybreak: Run, case: Path, good: Path) -> None:

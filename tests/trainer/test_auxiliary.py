@@ -472,7 +472,7 @@ def test_under_bf16_autocast_both_are_near_float32_and_learn() -> None:
 
 def first_batches(config: Config, num: int) -> list[Batch]:
     logs = open_logs(config)
-    plan = logs.plan(logs.days()[0])
+    plan = logs.plan(logs.intervals()[0])
     return list(islice(logs.read(plan, batch_size=256, lanes=config.data.lanes, seed=3), num))
 
 

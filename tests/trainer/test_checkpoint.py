@@ -31,24 +31,25 @@ from embeddings.exchange import CollectiveExchange, Exchange, LocalExchange
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.intervals import Interval
 from trainer.learner import Learner, build, open_logs
 from trainer.step import train_step
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # no arithmetic goes wrong on the way
-DAY = datetime.date(2026, 11, 1)
-NEXT = DAY + datetime.timedelta(days=1)
+DAY = Interval(datetime.date(2026, 11, 1))
+NEXT = DAY.next()
 TABLES = ("user", "item", "position")
 REPORT = {"day": str(DAY), "metrics": {"click@all": {"auc": 0.75}}}
 
 
-def train(learner: Learner, config: Config, first: int, steps: int, day: datetime.date = DAY) -> None:
+def train(learner: Learner, config: Config, first: int, steps: int, day: Interval = DAY) -> None:
     """Some steps of a day, on this worker's share of them."""
     logs, exchange = open_logs(config), learner.exchange
-    learner.embeddings.shard.begin_day(day.toordinal())
+    learner.embeddings.shard.begin_day(day.number)
     share = {"rank": exchange.rank, "num_workers": exchange.num_workers, "lanes": config.data.lanes}
     batches = logs.read(logs.plan(day), batch_size=config.train.batch_size, **share, seed=1, start_step=first)
     for batch in islice(batches, steps):
-        train_step(learner, batch, day.toordinal())
+        train_step(learner, batch, day.number)
 
 
 def dense(learner: Learner) -> dict[str, Tensor]:
@@ -108,7 +109,7 @@ def folder(store: Checkpoints, learner: Learner) -> Path:
     return Path(store.path, f"day={DAY}")
 
 
-def loaded(store: Checkpoints, config: Config, day: datetime.date = DAY) -> Learner:
+def loaded(store: Checkpoints, config: Config, day: Interval = DAY) -> Learner:
     fresh = build(config, LocalExchange())
     store.load(fresh, store.open(day))
     return fresh
@@ -170,14 +171,14 @@ def test_a_day_is_its_report_its_decision_and_an_identity_of_its_content(
     store: Checkpoints, learner: Learner, folder: Path
 ) -> None:
     first = store.open(DAY)
-    assert (first.day, first.report) == (DAY, REPORT) and store.open(DAY).id == first.id
+    assert (first.interval, first.report) == (DAY, REPORT) and store.open(DAY).id == first.id
     assert store.decision(DAY) is None
     store.decide(DAY, {"state": "held", "reason": "why"})
     assert store.decision(DAY) == {"state": "held", "reason": "why"} and store.open(DAY).id == first.id
     store.save(learner, NEXT, REPORT)
-    assert store.days() == [DAY, NEXT] and store.open(NEXT).id != first.id
+    assert store.intervals() == [DAY, NEXT] and store.open(NEXT).id != first.id
     newest = [store.latest(), store.latest(before=NEXT), store.latest(before=DAY)]
-    assert [found and found.day for found in newest] == [NEXT, DAY, None]
+    assert [found and found.interval for found in newest] == [NEXT, DAY, None]
 
 
 def test_the_manifest_holds_the_size_and_hash_of_every_file(store: Checkpoints, folder: Path) -> None:
@@ -211,7 +212,7 @@ def test_the_manifest_says_of_which_table_buckets_and_how_many_rows_a_file_is(
 
 def test_a_filesystem_uri_is_a_place_for_checkpoints(store: Checkpoints, config: Config, folder: Path) -> None:
     by_uri = Checkpoints(f"file://{config.checkpoints.path}/", config.name)
-    assert by_uri.days() == [DAY]
+    assert by_uri.intervals() == [DAY]
     assert_same(dense(loaded(by_uri, config)), dense(loaded(store, config)))
 
 
@@ -220,29 +221,29 @@ def test_a_filesystem_uri_is_a_place_for_checkpoints(store: Checkpoints, config:
 
 def test_a_day_without_a_manifest_does_not_exist(store: Checkpoints, folder: Path) -> None:
     (folder / "manifest.json").rename(folder / "manifest.json.tmp")  # killed just before the commit
-    assert store.days() == [] and store.latest() is None
+    assert store.intervals() == [] and store.latest() is None
     with pytest.raises(UserError, match=f"no checkpoint of day {DAY}"):
         store.open(DAY)
 
 
 def test_a_model_without_a_checkpoint_has_no_days(tmp_path: Path) -> None:
     store = Checkpoints(str(tmp_path / "nowhere"), "model")
-    assert store.days() == [] and store.latest() is None and not (tmp_path / "nowhere").exists()
+    assert store.intervals() == [] and store.latest() is None and not (tmp_path / "nowhere").exists()
 
 
 def test_a_path_that_cannot_be_listed_is_told_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("a file")
     with pytest.raises(UserError, match=f"(?s)^{tmp_path}/model: a folder cannot be listed.*-> check the path"):
-        Checkpoints(str(tmp_path), "model").days()
+        Checkpoints(str(tmp_path), "model").intervals()
 
 
 def test_what_lies_beside_the_days_is_left_alone_but_a_wrong_day_is_told(store: Checkpoints, folder: Path) -> None:
     (folder.parent / ".DS_Store").write_text("")
     (folder.parent / "notes").mkdir()
-    assert store.days() == [DAY]
+    assert store.intervals() == [DAY]
     shutil.copytree(folder, f"{folder}.bak")
     with pytest.raises(UserError, match=f"(?s)day={DAY}.bak: not a day.*expected YYYY-MM-DD.*-> rename or remove"):
-        store.days()
+        store.intervals()
 
 
 def test_killed_attempts_are_never_read_and_the_next_commit_removes_them(
@@ -255,7 +256,7 @@ def test_killed_attempts_are_never_read_and_the_next_commit_removes_them(
         patch.setattr(store, "_commit", killed)  # all files are written, the manifest is not
         store.save(build(config, LocalExchange()), DAY, REPORT)
     folder = Path(store.path, f"day={DAY}")
-    assert store.days() == [] and len(list(folder.iterdir())) == 1
+    assert store.intervals() == [] and len(list(folder.iterdir())) == 1
     store.save(learner, DAY, REPORT)
     assert {path.name for path in folder.iterdir()} == {"manifest.json", store.open(DAY).manifest["attempt"]}
     assert_same(dense(loaded(store, config)), dense(learner))
@@ -445,7 +446,7 @@ def test_a_table_that_evicts_loses_its_least_valuable_rows_when_it_is_made_small
     old = trained(small_config("tables.item=" + FIXED % (400, "evict")), store)
     new = rows(loaded(store, small_config("tables.item=" + FIXED % (50, "evict")), NEXT))
     before, after = of_item(old), of_item(new)
-    value = before["tally"][:, 0] * 0.5 ** (NEXT.toordinal() - before["last_seen_day"])
+    value = before["tally"][:, 0] * 0.5 ** (NEXT.number - before["last_seen_day"])
     stayed = np.isin(before["key"], after["key"])
     assert stayed.sum() == after["key"].size == 50 and len(np.unique(before["last_seen_day"])) == 2
     assert value[stayed].min() >= value[~stayed].max() and value[stayed].min() > 0
@@ -484,7 +485,7 @@ def test_a_full_disk_commits_nothing_and_leaves_the_day_before_and_the_space_as_
         filler = fill(disk, leave_kib)
         with pytest.raises(UserError, match=f"(?s)^{disk}.*No space left on device.*-> free space.*is untouched"):
             store.save(learner, NEXT, REPORT)
-        assert store.days() == [DAY] and shutil.disk_usage(disk).free == leave_kib * 1024
+        assert store.intervals() == [DAY] and shutil.disk_usage(disk).free == leave_kib * 1024
         found = loaded(store, config)
         assert_same(dense(found) | rows(found), expected)
         fill(disk, leave_kib=0)
@@ -541,7 +542,7 @@ def save_by_two(exchange: Exchange, config: Config) -> dict[str, Any]:
     broken = (_Broken if exchange.rank == 1 else Checkpoints)(config.checkpoints.path, config.name)
     saved["not saved"] = refused(lambda: broken.save(learner, NEXT, REPORT))
     saved["not loaded"] = refused(lambda: broken.load(build(config, exchange), store.open(DAY)))
-    return saved | {"days": [str(day) for day in store.days()]}
+    return saved | {"days": [str(day) for day in store.intervals()]}
 
 
 class _Broken(Checkpoints):

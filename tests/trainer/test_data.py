@@ -23,9 +23,11 @@ import torch
 from embeddings.jagged import Jagged
 from trainer.data import Allowed, Batch, Logs, Schema, _ids
 from trainer.errors import UserError
+from trainer.intervals import Interval
 from trainer.lanes import DayPlan, RowGroup, prefetch
 
 DAY = datetime.date(2026, 11, 20)
+TODAY = Interval(DAY)
 ROWS, LANES, BATCH = 301, 8, 40
 BINARY = Allowed("loss: bce", "0, 1", lambda values: np.isin(values, (0, 1)))
 SCHEMA = Schema(
@@ -88,7 +90,7 @@ def one_column(tmp_path: Path, column: pa.Array, **schema: Any) -> Batch:
     """The one row group of a day that has one column, 'x'; schema: for what it is read."""
     write_day(tmp_path, pa.table({"x": column}), [[len(column)]])
     logs = Logs(str(tmp_path), "day", Schema(**{"ids": {}, "numbers": {}, "labels": {}, **schema}))
-    return logs.decode(logs.plan(DAY).row_groups[0])
+    return logs.decode(logs.plan(TODAY).row_groups[0])
 
 
 def as_lists(ids: Jagged) -> list[list[int]]:
@@ -123,7 +125,7 @@ def logs(days: dict[str, Logs], request: pytest.FixtureRequest) -> Logs:
 
 @pytest.mark.parametrize("seed", [None, 5])
 def test_global_batches_are_those_of_one_worker_for_any_number_of_workers(logs: Logs, seed: int | None) -> None:
-    plan = logs.plan(DAY)
+    plan = logs.plan(TODAY)
     alone = global_batches(logs, plan, 1, seed=seed)
     assert len(alone) == plan.num_steps(BATCH) == -(-ROWS // BATCH)
     for workers in (2, 3, 5):
@@ -132,7 +134,7 @@ def test_global_batches_are_those_of_one_worker_for_any_number_of_workers(logs: 
 
 @pytest.mark.parametrize(("lanes", "batch_size"), [(1, 64), (8, 64), (24, 24), (24, 100), (7, 1000)])
 def test_every_row_comes_once_in_steps_of_nearly_equal_size(logs: Logs, lanes: int, batch_size: int) -> None:
-    steps = global_batches(logs, logs.plan(DAY), 1, seed=1, lanes=lanes, batch_size=batch_size)
+    steps = global_batches(logs, logs.plan(TODAY), 1, seed=1, lanes=lanes, batch_size=batch_size)
     sizes = [len(rows) for rows in steps]
     assert sorted(row for rows in steps for row in rows) == list(range(ROWS))
     assert max(sizes) - min(sizes) <= lanes  # each lane gives a step the floor or the ceiling of its share
@@ -141,7 +143,7 @@ def test_every_row_comes_once_in_steps_of_nearly_equal_size(logs: Logs, lanes: i
 def test_a_day_with_fewer_rows_than_workers_has_the_same_steps_everywhere(tmp_path: Path) -> None:
     write_day(tmp_path, table(3), [[3]])
     logs = Logs(str(tmp_path), "day", SCHEMA)
-    per_worker = [read(logs, logs.plan(DAY), rank, 5, seed=1) for rank in range(5)]
+    per_worker = [read(logs, logs.plan(TODAY), rank, 5, seed=1) for rank in range(5)]
     assert [len(batches) for batches in per_worker] == [1] * 5
     assert sorted(row for [batch] in per_worker for row in batch.row_B.tolist()) == [0, 1, 2]
     nobodys = next(batch for [batch] in per_worker if not batch.num_rows)
@@ -155,7 +157,7 @@ def test_the_seed_orders_the_rows_and_the_day_has_its_own_order(tmp_path: Path) 
     logs = Logs(str(tmp_path), "day", SCHEMA)
 
     def order(seed: int | None, day: datetime.date = DAY) -> list[int]:
-        return torch.cat([batch.row_B for batch in read(logs, logs.plan(day), seed=seed)]).tolist()
+        return torch.cat([batch.row_B for batch in read(logs, logs.plan(Interval(day)), seed=seed)]).tolist()
 
     assert order(1) == order(1)
     orders = [order(None), order(1), order(2), order(1, DAY + datetime.timedelta(days=1))]
@@ -164,7 +166,7 @@ def test_the_seed_orders_the_rows_and_the_day_has_its_own_order(tmp_path: Path) 
 
 
 def test_without_a_seed_the_rows_of_a_lane_come_in_the_order_of_the_files(logs: Logs) -> None:
-    plan = logs.plan(DAY)
+    plan = logs.plan(TODAY)
     rows = torch.cat([batch.row_B for batch in read(logs, plan)]).tolist()
     for lane in range(LANES):
         of_lane = range(ROWS * lane // LANES, ROWS * (lane + 1) // LANES)
@@ -174,7 +176,7 @@ def test_without_a_seed_the_rows_of_a_lane_come_in_the_order_of_the_files(logs: 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_resumed_read_goes_on_as_the_undisturbed_one(logs: Logs, workers: int) -> None:
-    plan, rank = logs.plan(DAY), workers - 1
+    plan, rank = logs.plan(TODAY), workers - 1
     whole = read(logs, plan, rank, workers, seed=3)
     for start in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
         resumed = read(logs, plan, rank, workers, seed=3, start_step=start)
@@ -187,7 +189,7 @@ def test_a_resumed_read_goes_on_as_the_undisturbed_one(logs: Logs, workers: int)
 def test_a_row_group_is_decoded_once_and_twice_only_where_two_workers_meet(
     logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, decode = logs.plan(DAY), logs.decode
+    plan, decode = logs.plan(TODAY), logs.decode
     decoded: list[RowGroup] = []
 
     def counted(group: RowGroup) -> Batch:
@@ -208,7 +210,7 @@ def test_a_row_group_is_decoded_once_and_twice_only_where_two_workers_meet(
 def test_a_row_says_the_lane_it_was_read_from_whoever_reads_it(
     logs: Logs, seed: int | None, whole_groups: bool
 ) -> None:
-    plan, options = logs.plan(DAY), {"seed": seed, "whole_groups": whole_groups}
+    plan, options = logs.plan(TODAY), {"seed": seed, "whole_groups": whole_groups}
     alone = lane_of_row(logs, plan, 1, **options)
     for workers in (2, 3, 5):
         assert lane_of_row(logs, plan, workers, **options) == alone
@@ -278,7 +280,7 @@ def lists(plan: DayPlan) -> list[list[int]]:
 def test_every_row_comes_once_and_every_list_whole_in_its_order(
     ragged_logs: Logs, seed: int | None, workers: int
 ) -> None:
-    plan = ragged_logs.plan(DAY)
+    plan = ragged_logs.plan(TODAY)
     slices: list[list[int]] = []  # what each lane gives each batch
     for rank in range(workers):
         batches = read(ragged_logs, plan, rank, workers, seed=seed, whole_groups=True)
@@ -295,7 +297,7 @@ def test_every_row_comes_once_and_every_list_whole_in_its_order(
 
 @pytest.mark.parametrize("seed", [None, 5])
 def test_global_batches_of_whole_lists_are_those_of_one_worker(ragged_logs: Logs, seed: int | None) -> None:
-    plan = ragged_logs.plan(DAY)
+    plan = ragged_logs.plan(TODAY)
     alone = global_batches(ragged_logs, plan, 1, seed=seed, whole_groups=True)
     for workers in (2, 3, 5):
         assert global_batches(ragged_logs, plan, workers, seed=seed, whole_groups=True) == alone
@@ -303,7 +305,7 @@ def test_global_batches_of_whole_lists_are_those_of_one_worker(ragged_logs: Logs
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_resumed_read_of_whole_lists_goes_on_as_the_undisturbed_one(ragged_logs: Logs, workers: int) -> None:
-    plan, rank = ragged_logs.plan(DAY), workers - 1
+    plan, rank = ragged_logs.plan(TODAY), workers - 1
     whole = read(ragged_logs, plan, rank, workers, seed=3, whole_groups=True)
     for start in range(len(whole) + 1):
         resumed = read(ragged_logs, plan, rank, workers, seed=3, whole_groups=True, start_step=start)
@@ -312,7 +314,7 @@ def test_a_resumed_read_of_whole_lists_goes_on_as_the_undisturbed_one(ragged_log
 
 def test_a_batch_of_whole_lists_holds_each_column_of_its_rows(ragged_logs: Logs) -> None:
     written = ragged().to_pylist()
-    for batch in read(ragged_logs, ragged_logs.plan(DAY), 1, 2, seed=9, whole_groups=True):
+    for batch in read(ragged_logs, ragged_logs.plan(TODAY), 1, 2, seed=9, whole_groups=True):
         rows = [written[row] for row in batch.row_B.tolist()]
         assert batch.groups_B is not None and batch.groups_B.tolist() == [blake2b(r["request_id"]) for r in rows]
         assert as_lists(batch.ids["seen"]) == [(r["history"] or [])[-3:] for r in rows]
@@ -321,7 +323,7 @@ def test_a_batch_of_whole_lists_holds_each_column_of_its_rows(ragged_logs: Logs)
 def test_a_list_longer_than_a_batch_stays_whole_and_others_shares_are_empty(tmp_path: Path) -> None:
     write_day(tmp_path, table(60).set_column(1, "request_id", pa.array(["one"] * 60)), [[60]])
     logs = Logs(str(tmp_path), "day", SCHEMA)
-    per_worker = [read(logs, logs.plan(DAY), rank, 3, batch_size=10, seed=1, whole_groups=True) for rank in range(3)]
+    per_worker = [read(logs, logs.plan(TODAY), rank, 3, batch_size=10, seed=1, whole_groups=True) for rank in range(3)]
     assert [len(batches) for batches in per_worker] == [6] * 3
     assert sorted(b.num_rows for batches in per_worker for b in batches) == [0] * 17 + [60]
     empty = next(b for batches in per_worker for b in batches if not b.num_rows)
@@ -332,16 +334,16 @@ def test_a_list_longer_than_a_batch_stays_whole_and_others_shares_are_empty(tmp_
 def test_lists_that_go_on_in_the_next_row_group_are_counted(ragged_days: dict[str, Logs]) -> None:
     names = ragged()["request_id"].to_pylist()
     for logs in ragged_days.values():
-        firsts = [group.first_row for group in logs.plan(DAY).row_groups[1:]]
-        assert logs.cut_groups(logs.plan(DAY)) == sum(names[first] == names[first - 1] for first in firsts)
-    assert ragged_days["one row group"].cut_groups(ragged_days["one row group"].plan(DAY)) == 0
-    assert ragged_days["many small"].cut_groups(ragged_days["many small"].plan(DAY)) > 10
+        firsts = [group.first_row for group in logs.plan(TODAY).row_groups[1:]]
+        assert logs.cut_groups(logs.plan(TODAY)) == sum(names[first] == names[first - 1] for first in firsts)
+    assert ragged_days["one row group"].cut_groups(ragged_days["one row group"].plan(TODAY)) == 0
+    assert ragged_days["many small"].cut_groups(ragged_days["many small"].plan(TODAY)) > 10
 
 
 def test_whole_lists_need_a_column_that_says_what_a_list_is(tmp_path: Path) -> None:
     write_day(tmp_path, table(), [[ROWS]])
     logs = Logs(str(tmp_path), "day", Schema({}, {}, {"click": "click"}))
-    for ask in (lambda: read(logs, logs.plan(DAY), whole_groups=True), lambda: logs.cut_groups(logs.plan(DAY))):
+    for ask in (lambda: read(logs, logs.plan(TODAY), whole_groups=True), lambda: logs.cut_groups(logs.plan(TODAY))):
         with pytest.raises(UserError, match="(?s)^data.group: lists are to stay whole.*-> add data.group"):
             ask()
 
@@ -349,7 +351,7 @@ def test_whole_lists_need_a_column_that_says_what_a_list_is(tmp_path: Path) -> N
 def test_a_row_group_of_whole_lists_is_decoded_once_and_twice_only_where_two_workers_meet(
     ragged_logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, decode = ragged_logs.plan(DAY), ragged_logs.decode
+    plan, decode = ragged_logs.plan(TODAY), ragged_logs.decode
     decoded: list[RowGroup] = []
 
     def counted(group: RowGroup) -> Batch:
@@ -371,7 +373,7 @@ def test_a_row_group_of_whole_lists_is_decoded_once_and_twice_only_where_two_wor
 @pytest.mark.parametrize("seed", [None, 9])
 def test_a_batch_holds_each_column_of_its_rows(logs: Logs, seed: int | None) -> None:
     written = table().to_pylist()
-    for batch in read(logs, logs.plan(DAY), 1, 2, seed=seed):
+    for batch in read(logs, logs.plan(TODAY), 1, 2, seed=seed):
         rows = [written[row] for row in batch.row_B.tolist()]
         assert as_lists(batch.ids["user"]) == [[] if r["user_id"] is None else [r["user_id"]] for r in rows]
         assert as_lists(batch.ids["seen"]) == [(r["history"] or [])[-3:] for r in rows]
@@ -511,7 +513,7 @@ def side_by_side(tmp_path: Path, *columns: pa.Array, max_len: int = 3) -> Batch:
     write_day(tmp_path, pa.table(dict(zip(names, columns, strict=True))), [[len(columns[0])]])
     ids, lengths = {name: name for name in names}, dict.fromkeys(names, max_len)
     logs = Logs(str(tmp_path), "day", Schema(ids, {}, {}, max_len=lengths, aligned=(tuple(names),)))
-    return logs.decode(logs.plan(DAY).row_groups[0])
+    return logs.decode(logs.plan(TODAY).row_groups[0])
 
 
 def test_lists_of_equal_length_are_read_side_by_side_and_null_is_as_empty(tmp_path: Path) -> None:
@@ -551,7 +553,7 @@ def expressed(tmp_path: Path, content: pa.Table, **schema: Any) -> Batch:
     """The one row group of a day; schema: labels, weights and what goes with them."""
     write_day(tmp_path, content, [[content.num_rows]])
     logs = Logs(str(tmp_path), "day", Schema(**{"ids": {}, "numbers": {}, "labels": {}, **schema}))
-    return logs.decode(logs.plan(DAY).row_groups[0])
+    return logs.decode(logs.plan(TODAY).row_groups[0])
 
 
 def test_a_label_is_what_its_expression_makes_of_each_row(tmp_path: Path) -> None:
@@ -666,7 +668,7 @@ def test_a_column_of_a_wrong_type_is_found_before_a_row_is_read(
     write_day(tmp_path, pa.table({"x": column}), [[1]])
     logs = Logs(str(tmp_path), "day", Schema(**{"ids": {}, "numbers": {}, "labels": {}, **ROLES[role]}))
     with pytest.raises(UserError, match=f"(?s)part-0.parquet: column 'x' of .*wrong type.*{expected}.*-> re-export"):
-        logs.plan(DAY)
+        logs.plan(TODAY)
 
 
 def test_a_missing_column_is_named_with_what_wants_it_and_what_is_there(tmp_path: Path) -> None:
@@ -675,7 +677,7 @@ def test_a_missing_column_is_named_with_what_wants_it_and_what_is_there(tmp_path
         with pytest.raises(
             UserError, match=f"(?s)part-0.parquet: column '{column}' of {user} is missing.*got columns.*"
         ):
-            Logs(str(tmp_path / column), "day", SCHEMA).plan(DAY)
+            Logs(str(tmp_path / column), "day", SCHEMA).plan(TODAY)
 
 
 def test_files_of_a_day_that_disagree_about_a_key_are_refused(tmp_path: Path) -> None:
@@ -684,7 +686,7 @@ def test_files_of_a_day_that_disagree_about_a_key_are_refused(tmp_path: Path) ->
     other = table(10).to_pandas().astype({"impression_id": "int32", "age": "float64", "user_id": "string"})
     pq.write_table(pa.Table.from_pandas(other), tmp_path / f"day={DAY}" / "part-1.parquet")
     with pytest.raises(UserError, match="(?s)part-1.parquet: column 'impression_id' of data.keys.*got int32.*int64"):
-        Logs(str(tmp_path), "day", SCHEMA).plan(DAY)
+        Logs(str(tmp_path), "day", SCHEMA).plan(TODAY)
 
 
 def test_files_that_write_down_or_hide_something_are_no_data(tmp_path: Path) -> None:
@@ -695,7 +697,7 @@ def test_files_that_write_down_or_hide_something_are_no_data(tmp_path: Path) -> 
         (folder / name).write_bytes(b"no Parquet")
     (tmp_path / "_logs").mkdir()
     logs = Logs(str(tmp_path), "day", SCHEMA)
-    assert logs.days() == [DAY] and logs.plan(DAY).num_rows == ROWS
+    assert logs.intervals() == [TODAY] and logs.plan(TODAY).num_rows == ROWS
 
 
 def test_a_day_is_its_files_in_the_order_of_their_names_and_folders_below_it_belong_to_it(tmp_path: Path) -> None:
@@ -703,7 +705,7 @@ def test_a_day_is_its_files_in_the_order_of_their_names_and_folders_below_it_bel
     for folder in ("hour=07", "late.parquet"):  # some writers give folders the names of files
         (tmp_path / f"day={DAY}" / folder).mkdir()
         pq.write_table(table(5), tmp_path / f"day={DAY}" / folder / "part-0.parquet")
-    plan = Logs(str(tmp_path), "day", SCHEMA).plan(DAY)
+    plan = Logs(str(tmp_path), "day", SCHEMA).plan(TODAY)
     names = [Path(group.path).relative_to(tmp_path / f"day={DAY}").as_posix() for group in plan.row_groups]
     late = [f"{folder}/part-0.parquet" for folder in ("hour=07", "late.parquet")]
     assert names == [*late, *(f"part-{n}.parquet" for n in (0, 0, 1, 3, 3))]
@@ -716,8 +718,10 @@ def test_a_local_path_and_a_filesystem_uri_lead_to_the_same_days(tmp_path: Path,
     for day in (DAY, DAY - datetime.timedelta(days=40)):
         write_day(tmp_path, table(9), [[9]], day)
     logs = Logs(path.format(root=tmp_path), "day", SCHEMA)
-    assert logs.days() == [DAY - datetime.timedelta(days=40), DAY]
-    assert sorted(row for batch in read(logs, logs.plan(DAY), seed=1) for row in batch.row_B.tolist()) == list(range(9))
+    assert logs.intervals() == [Interval(DAY - datetime.timedelta(days=40)), TODAY]
+    assert sorted(row for batch in read(logs, logs.plan(TODAY), seed=1) for row in batch.row_B.tolist()) == list(
+        range(9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -733,22 +737,22 @@ def test_folders_that_are_no_days_are_told_with_what_is_expected(tmp_path: Path,
     for name in make:
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"(?s)^{tmp_path}.*{text}"):
-        Logs(str(tmp_path), "day", SCHEMA).days()
+        Logs(str(tmp_path), "day", SCHEMA).intervals()
 
 
 def test_a_folder_that_cannot_be_listed_is_told_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file")
     with pytest.raises(UserError, match=f"(?s)^{tmp_path}/logs: a folder cannot be listed.*got .*-> check the path"):
-        Logs(str(tmp_path / "logs"), "day", SCHEMA).days()
+        Logs(str(tmp_path / "logs"), "day", SCHEMA).intervals()
 
 
 def test_a_day_without_a_row_is_an_error_and_not_a_day_of_zero_steps(tmp_path: Path) -> None:
     logs = Logs(str(tmp_path), "day", SCHEMA)
     with pytest.raises(UserError, match=f"(?s)day {DAY} is empty.*got no Parquet files.*-> deliver the day"):
-        logs.plan(DAY)
+        logs.plan(TODAY)
     write_day(tmp_path, table(9).slice(0, 0), [[], []])
     with pytest.raises(UserError, match=f"(?s)day {DAY} is empty.*got 2 Parquet files without a row"):
-        logs.plan(DAY)
+        logs.plan(TODAY)
 
 
 def test_an_address_of_an_unknown_filesystem_is_told_as_such() -> None:
@@ -767,7 +771,7 @@ def wait_for_no_reader() -> bool:
 
 
 def test_leaving_the_reader_early_stops_its_thread(logs: Logs) -> None:
-    reader = logs.read(logs.plan(DAY), batch_size=LANES, lanes=LANES, seed=1)
+    reader = logs.read(logs.plan(TODAY), batch_size=LANES, lanes=LANES, seed=1)
     assert not readers(), "nothing is read before somebody asks"
     assert next(reader).num_rows and readers()
     del reader  # what leaving a for loop does
@@ -777,7 +781,7 @@ def test_leaving_the_reader_early_stops_its_thread(logs: Logs) -> None:
 def test_an_error_in_the_thread_is_raised_where_the_batches_are_read(tmp_path: Path) -> None:
     write_day(tmp_path, table(), [[150, 151]])
     logs = Logs(str(tmp_path), "day", SCHEMA)
-    plan = logs.plan(DAY)
+    plan = logs.plan(TODAY)
     path = tmp_path / f"day={DAY}" / "part-0.parquet"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match="part-0.parquet: not a readable Parquet file"):
@@ -809,7 +813,7 @@ def test_a_file_whose_column_was_left_without_a_type_reads_as_a_column_of_nulls(
         content = content.set_column(content.column_names.index(name), name, pa.nulls(ROWS))
     write_day(tmp_path, content, [[ROWS]])
     logs = Logs(str(tmp_path), "day", SCHEMA)
-    (batch,) = read(logs, logs.plan(DAY), batch_size=ROWS, lanes=1)
+    (batch,) = read(logs, logs.plan(TODAY), batch_size=ROWS, lanes=1)
     assert batch.ids["user"].values_N.numel() == batch.ids["seen"].values_N.numel() == 0
     assert batch.numbers_BK[:, 0].isnan().all() and batch.labels_BT[:, 0].isnan().all()
     assert not batch.numbers_BK[:, 1].isnan().any()

@@ -1,6 +1,5 @@
 """Proof tests of trainer/day.py: what a day's global batches are made of, and that it is scored before it is learnt."""
 
-import datetime
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +11,14 @@ from conftest import FIRST_DAY
 from embeddings.exchange import Exchange, LocalExchange
 from trainer.config import Config
 from trainer.day import run_day, score_day, shares
+from trainer.intervals import Interval
 from trainer.learner import build, open_logs
 
 
 def parts(exchange: Exchange, settings: Config) -> list[list[int]]:
     """The request of each row, in each of this worker's shares of the first day's training batches."""
     learner, logs = build(settings, exchange), open_logs(settings)
-    batches = shares(learner, logs, logs.plan(FIRST_DAY), 100, 4, seed=1)
+    batches = shares(learner, logs, logs.plan(Interval(FIRST_DAY)), 100, 4, seed=1)
     return [batch.groups_B.tolist() for batch in batches if batch.groups_B is not None]
 
 
@@ -47,7 +47,7 @@ def test_a_day_is_scored_by_the_model_that_has_not_seen_it(small_config: Callabl
     how: dict[str, Any] = {"batch_size": 500, "lanes": 4, "gauc": "impressions", "progress": lambda what, rows: None}
     for together in (True, False):
         learner = build(settings, LocalExchange())
-        days = [logs.plan(FIRST_DAY), logs.plan(FIRST_DAY + datetime.timedelta(days=1))]
+        days = [logs.plan(Interval(FIRST_DAY)), logs.plan(Interval(FIRST_DAY).next())]
         run_day(learner, logs, days[0], score=False, **how)
         score = functools.partial(run_day, score=True) if together else score_day
         found.append(score(learner, logs, days[1], **how))

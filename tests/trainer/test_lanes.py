@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.intervals import Interval
 from trainer.lanes import DayPlan, Edges, Lane, RowGroup, between_rows, between_runs, nearest, open_lanes
 
 STEPS = settings(max_examples=60, deadline=None)  # each example reads a day several times
@@ -32,7 +33,7 @@ class Day:
         sizes = [sum(lengths) for lengths in self.runs]
         firsts = [sum(sizes[:index]) for index in range(len(sizes))]
         groups = [RowGroup("file", i, size, first) for i, (size, first) in enumerate(zip(sizes, firsts, strict=True))]
-        return DayPlan(datetime.date(2026, 11, 20), tuple(groups))
+        return DayPlan(Interval(datetime.date(2026, 11, 20)), tuple(groups))
 
     def lists(self) -> list[list[int]]:
         """The rows of each run, by their places in the day."""

@@ -20,6 +20,7 @@ from embeddings.exchange import Exchange, LocalExchange
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config
 from trainer.day import score_day
+from trainer.intervals import Interval
 from trainer.learner import build, open_logs
 from trainer.step import train_step
 from trainer.workers import Worker
@@ -43,7 +44,7 @@ PER_WORKER = RESERVED | {"distinct", "repeats", "imbalance"}  # after a worker's
 def train_steps(exchange: Exchange, config: Config, steps: int) -> dict[str, Any]:
     """Train on the first day's first steps (over and over), then score the second day."""
     learner, logs = build(config, exchange, CPU), open_logs(config)
-    plans = [logs.plan(day) for day in logs.days()]
+    plans = [logs.plan(interval) for interval in logs.intervals()]
     share = {"batch_size": config.train.batch_size, "lanes": config.data.lanes, "rank": exchange.rank}
     batches = list(islice(logs.read(plans[0], **share, num_workers=exchange.num_workers, seed=3), steps))
     losses = [train_step(learner, batches[s % len(batches)], 1)[0].tolist() for s in range(steps)]
@@ -147,7 +148,7 @@ AT_ONCE, BY_DAY = [[0, 1, 2]], [[0], [1], [2]]
 def run_days(exchange: Exchange, config: Config, groups: list[list[int]]) -> None:
     """Train the days of each group in a learner of its own, warm-started from the checkpoint of the group before."""
     logs = open_logs(config)
-    plans = [logs.plan(day) for day in logs.days()]
+    plans = [logs.plan(interval) for interval in logs.intervals()]
     for group in groups:
         work(Worker(exchange, CPU, lambda event: None), config=config, plans=[plans[i] for i in group])
 
@@ -199,9 +200,9 @@ class Answers:
 
 def contents(config: Config) -> dict[str, Any]:
     checkpoints, learner = Checkpoints(config.checkpoints.path, config.name), build(config, LocalExchange(), CPU)
-    reports = [checkpoints.open(day).report for day in checkpoints.days()]
+    reports = [checkpoints.open(interval).report for interval in checkpoints.intervals()]
     assert [report["day"] for report in reports][-1] == str(LAST_DAY)
-    checkpoints.load(learner, checkpoints.open(LAST_DAY))
+    checkpoints.load(learner, checkpoints.open(Interval(LAST_DAY)))
     return {
         "known": known(learner),
         "numbers": {name: value.numpy() for name, value in learner.stats.state().items()},

@@ -49,7 +49,7 @@ def test_a_label_that_a_loss_cannot_learn_stops_with_its_row(
     pq.write_table(table, day / "part.parquet")
     logs = open_logs(config(tmp_path, task))
     with pytest.raises(UserError) as refused:
-        logs.decode(logs.plan(logs.days()[0]).row_groups[0])
+        logs.decode(logs.plan(logs.intervals()[0]).row_groups[0])
     text = str(refused.value).replace("\n", " ")
     assert "row 3" in text
     assert re.search(expected, text), text

@@ -20,6 +20,7 @@ from trainer.config import Config
 from trainer.configfile import load
 from trainer.data import Logs
 from trainer.errors import UserError
+from trainer.intervals import Interval
 from trainer.learner import Learner, build, fusion_powers, open_logs
 from trainer.predictions import told
 from trainer.serving import Served, save
@@ -100,7 +101,7 @@ def trained(settings: Config) -> tuple[Learner, Logs]:
     torch.manual_seed(0)
     learner, logs = build(settings, LocalExchange()), open_logs(settings)
     learner.embeddings.shard.begin_day(DAY.toordinal())
-    batch = logs.decode(logs.plan(DAY).row_groups[0]).select(torch.arange(NUM_REQUESTS * ITEMS // 2))
+    batch = logs.decode(logs.plan(Interval(DAY)).row_groups[0]).select(torch.arange(NUM_REQUESTS * ITEMS // 2))
     batch.lane_B = torch.zeros(batch.num_rows, dtype=torch.int64)
     for _ in range(5):
         train_step(learner, batch, DAY.toordinal())
@@ -117,7 +118,7 @@ def exported(settings: Config, out: Path) -> tuple[Learner, Logs, Served]:
 
 def whole(learner: Learner, logs: Logs, settings: Config) -> dict[str, Tensor]:
     """By address what the whole model tells of the day's rows."""
-    batch = logs.decode(logs.plan(DAY).row_groups[0])
+    batch = logs.decode(logs.plan(Interval(DAY)).row_groups[0])
     return told(learner.graph, score_step(learner, batch), batch.labels_BT, fusion_powers(settings))
 
 
