@@ -82,7 +82,7 @@ def pending(
         expected = start
         while expected <= end:
             if expected not in wanted:
-                got, do = f"{present[0]} .. {present[-1]}", "deliver it, narrow --from and --through, or set "
+                got, do = f"days {present[0]} .. {present[-1]}", "deliver it, narrow --from and --through, or set "
                 raise UserError(f"{expected.words} is missing", logs.path, got, do=f"{do}nightly.missing_days=skip")
             expected = expected.next()
     return [logs.plan(interval) for interval in wanted]
