@@ -13,9 +13,9 @@ PACKAGES = ["embeddings", "trainer", "tune", "cluster"]
 ORDER = {
     "embeddings": "table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
     "shard accounts client pooling freeze snapshot rowfile",
-    "trainer": "errors intervals expressions config checks configfile pieces lanes data draws numbers features layers "
-    "bodies encoders towers losses heads auxiliary model objective balance health learner step metrics agree "
-    "checkpoint predictions parts serving pictures tracking day workers",
+    "trainer": "errors intervals storage expressions config checks configfile pieces lanes data draws numbers features "
+    "layers bodies encoders towers losses heads auxiliary model objective balance health learner step "
+    "metrics agree checkpoint predictions parts serving pictures tracking day workers",
     "tune": "space search fusion",
     "cluster": "simulate registry nightly predict export doctor tables cli",
 }
@@ -35,6 +35,7 @@ DOORS = {
     "pyarrow": {
         "embeddings/snapshot.py",
         "embeddings/rowfile.py",
+        "trainer/storage.py",
         "trainer/data.py",
         "trainer/predictions.py",
         "trainer/checkpoint.py",

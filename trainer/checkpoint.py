@@ -30,10 +30,11 @@ from embeddings.exchange import Exchange
 from embeddings.shard import TooManyRows
 from embeddings.snapshot import Layer, Part, Snapshot, load
 from trainer.agree import gather_json, together
-from trainer.data import list_folder, open_filesystem, parse_day
+from trainer.data import parse_day
 from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.learner import Learner
+from trainer.storage import fingerprint, list_folder, open_filesystem, without_credentials
 
 FORMAT = 1
 Result = TypeVar("Result")
@@ -66,7 +67,7 @@ class Checkpoints:
 
     def __init__(self, path: str, model: str):
         self._filesystem, root = open_filesystem(path)
-        self.path, self._root = f"{path.rstrip('/')}/{model}", f"{root}/{model}"
+        self.path, self._root = f"{without_credentials(path).rstrip('/')}/{model}", f"{root}/{model}"
 
     def intervals(self) -> list[Interval]:
         """The committed intervals, in order."""
@@ -259,16 +260,6 @@ class Checkpoints:
         except (OSError, pa.ArrowException, safetensors.SafetensorError) as error:
             do = "free space or mend the storage, then run the same command again: the day before is untouched"
             raise UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do) from None
-
-
-def fingerprint(filesystem: pyarrow.fs.FileSystem, path: str) -> dict[str, Any]:
-    """A file's size and SHA-256."""
-    digest, size = hashlib.sha256(), 0
-    with filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _part(entry: dict[str, Any]) -> Part:

@@ -40,6 +40,7 @@ from trainer.lanes import (
     open_lanes,
     prefetch,
 )
+from trainer.storage import first_line, list_folder, open_filesystem, without_credentials
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _REEXPORT = "re-export the day, or correct the configuration"
@@ -158,32 +159,11 @@ def _cat(values: list[Any]) -> Any:
     return torch.cat(values) if isinstance(values[0], Tensor) else pa.concat_tables(values)
 
 
-def open_filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """A local path, or the URI of any filesystem that pyarrow knows (s3://, gs://, hdfs://, file://)."""
-    try:
-        if "://" in path:
-            return pyarrow.fs.FileSystem.from_uri(path)
-        return pyarrow.fs.LocalFileSystem(), path.rstrip("/")
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            "cannot open the filesystem", path, got=str(error), do="check the address and the credentials"
-        ) from None
-
-
-def list_folder(filesystem: pyarrow.fs.FileSystem, path: str, *, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
-    """What lies in a folder; nothing when it is not there."""
-    try:
-        return list(filesystem.get_file_info(pyarrow.fs.FileSelector(path, True, recursive)))
-    except (pa.ArrowException, OSError) as error:
-        do = "check the path, the rights to read it and the network"
-        raise UserError("a folder cannot be listed", path, got=_first_line(error), do=do) from None
-
-
 class Logs:
     """The days below one path, hive-partitioned by day."""
 
     def __init__(self, path: str, day_column: str, schema: Schema):
-        self.path, self.schema, self._prefix = path, schema, f"{day_column}="
+        self.path, self.schema, self._prefix = without_credentials(path), schema, f"{day_column}="
         self.filesystem, self._root = open_filesystem(path)
 
     def intervals(self) -> list[Interval]:
@@ -224,7 +204,7 @@ class Logs:
         try:
             return pq.ParquetFile(path, filesystem=self.filesystem)
         except (pa.ArrowException, OSError) as error:
-            got, do = _first_line(error), "deliver the file again, or remove it"
+            got, do = first_line(error), "deliver the file again, or remove it"
             raise UserError("not a readable Parquet file", path, got=got, do=do) from None
 
     def _check(self, found: pa.Schema, path: str) -> None:
@@ -288,7 +268,7 @@ class Logs:
         try:
             return self._open(group.path).read_row_group(group.index, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            got, do = _first_line(error), "deliver the file again, or remove it"
+            got, do = first_line(error), "deliver the file again, or remove it"
             raise UserError("a row group cannot be read", group.where, got=got, do=do) from None
 
     def read(
@@ -409,7 +389,7 @@ def as_table(schema: Schema, columns: Mapping[str, Sequence[Any]], where: str) -
             array = pa.array(columns[column], kind)
         except (pa.ArrowException, OverflowError) as error:
             do = "send ids as integers or strings, lists as lists of them, numbers as numbers"
-            raise UserError(f"column '{column}' cannot be read", where, got=_first_line(error), do=do) from None
+            raise UserError(f"column '{column}' cannot be read", where, got=first_line(error), do=do) from None
         fits = _is_id_list if column in lists else _is_id if column in ids else _is_number
         if not fits(array.type):
             got, expected = str(array.type), fits.__doc__ or ""
@@ -431,10 +411,6 @@ def parse_day(name: str, where: str) -> datetime.date:
 
 def _is_data(name: str) -> bool:
     return name.endswith(".parquet") and not any(part.startswith((".", "_")) for part in name.split("/"))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _is_id(kind: pa.DataType) -> bool:

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from trainer.data import open_filesystem
 from trainer.errors import UserError
 from trainer.heads import TaskGraph
+from trainer.storage import open_filesystem
 
 _PART = re.compile(r"part-\d{5}-of-\d{5}\.parquet(\.tmp)?")
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from embeddings.jagged import Jagged
 from embeddings.rowfile import RowFile, write_rows
-from trainer.checkpoint import fingerprint
-from trainer.data import Schema, as_table, decode, open_filesystem
+from trainer.data import Schema, as_table, decode
 from trainer.errors import UserError
 from trainer.features import Inputs
 from trainer.learner import Learner
 from trainer.parts import ItemPart, UserPart, split
 from trainer.predictions import told
+from trainer.storage import fingerprint, open_filesystem
 
 FORMAT = 1
 _ROWS_CHECKED = 33
