@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="twenty times as many random examples in tests/contracts")
+    parser.addoption("--faults", action="store_true", help="every point of tests/faults at which a night is killed")
 
 
 @pytest.fixture
