@@ -16,7 +16,7 @@ from embeddings.admission import CountSketch, Waiting
 from embeddings.buckets import buckets_of, hash64, keys_of
 from embeddings.dedupe import Bytes, Int64s
 from embeddings.exchange import Exchange, LocalExchange, smallest
-from embeddings.idmap import MAX_TABLES
+from embeddings.idmap import MAX_TABLES, IdMap
 from embeddings.kernels import FbgemmRows
 from embeddings.optim import RowOptimizer
 from embeddings.pool import Columns, Layout, MakeKernel, RowPool
@@ -96,6 +96,11 @@ class Shard:
 
     def pool_of(self, table: str) -> RowPool:
         return next(pool for pool in self.pools if self.number[table] in pool.tables)
+
+    @property
+    def all_ids(self) -> list[IdMap]:
+        """The maps of those that wait, then of each pool."""
+        return [self.waiting.ids, *(pool.ids for pool in self.pools)]
 
     def statistics(self, table: str) -> list[str]:
         """The names of a table's tallies besides value."""
@@ -270,7 +275,7 @@ class Shard:
 
     def saved(self) -> None:
         """From here on rows count as changed since the snapshot, which was just taken."""
-        for ids in (self.waiting.ids, *(pool.ids for pool in self.pools)):
+        for ids in self.all_ids:
             ids.changed.fill(0)
         for keys in (*self.evicted.values(), *self.admitted.values()):
             keys.clear()

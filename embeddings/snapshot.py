@@ -65,7 +65,18 @@ class Snapshot:
         waiting_rows = np.flatnonzero(waiting.taken()) if base else waiting.changed_rows()
         self._small = [part for name in shard.names for part in _small_parts(shard, name, base, waiting_rows)]
         shard.before_change = self._before_change
+        self._changed = [(ids, ids.changed.copy()) for ids in shard.all_ids]
+        self._gone = [(keys, list(keys)) for keys in (*shard.evicted.values(), *shard.admitted.values())]
         shard.saved()
+
+    def undo(self) -> None:
+        """It was not written whole, or is not kept: what changed before it counts as changed again, and so comes into
+        the next one. Call it between two steps, when nothing writes any more.
+        """
+        for ids, changed in self._changed:
+            ids.changed[: changed.size] |= changed
+        for keys, gone in self._gone:
+            keys.extend(gone)
 
     def _before_change(self, pool: RowPool, rows: Int64s) -> None:
         self._frozen[self._shard.pools.index(pool)].before_change(rows)

@@ -13,9 +13,9 @@ PACKAGES = ["embeddings", "trainer", "tune", "cluster"]
 ORDER = {
     "embeddings": "table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
     "shard accounts client pooling freeze snapshot rowfile",
-    "trainer": "errors intervals storage expressions config checks configfile pieces lanes data draws numbers features "
-    "layers bodies encoders towers losses heads auxiliary model objective balance health learner step "
-    "metrics agree checkpoint predictions parts serving pictures tracking day workers",
+    "trainer": "errors intervals storage expressions config checks configfile pieces lanes data draws numbers "
+    "features layers bodies encoders towers losses heads auxiliary model objective balance health learner "
+    "counted step metrics agree checkpoint predictions parts serving pictures tracking day workers",
     "tune": "space search fusion",
     "cluster": "simulate registry nightly predict export doctor tables cli",
 }

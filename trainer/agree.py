@@ -22,6 +22,14 @@ def gather_json(exchange: Exchange, value: Any) -> list[Any]:
     return [json.loads(bytes(part.tolist())) for part in exchange.gather(encoded)]
 
 
+def told(exchange: Exchange, value: Any) -> Any:
+    """Worker 0's value (anything that JSON holds), on every worker. Collective."""
+    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    size = exchange.all_reduce(torch.tensor([0 if exchange.rank else encoded.numel()]))
+    text = torch.zeros(int(size), dtype=torch.uint8) if exchange.rank else encoded.clone()
+    return json.loads(bytes(exchange.all_reduce(text).tolist()))
+
+
 def agree(exchange: Exchange, error: UserError | None) -> None:
     """Raise on every worker when any worker has an error; worker 0 raises the first one's text. Collective."""
     failed = exchange.all_reduce(torch.tensor([float(error is not None)]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embeddings.accounts import account
 from trainer.agree import agreed, together
+from trainer.counted import Counted
 from trainer.data import Batch, DayPlan, Logs
 from trainer.errors import UserError
 from trainer.heads import TaskGraph
@@ -23,17 +24,24 @@ from trainer.step import score_step, train_step
 Progress: TypeAlias = Callable[
     [str, int], None
 ]  # what is being done ("score", "train"), and on how many of the day's rows it was done
+AfterStep: TypeAlias = Callable[[Counted], None]
 
 
 def shares(
-    learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, seed: int | None = None
+    learner: Learner,
+    logs: Logs,
+    plan: DayPlan,
+    batch_size: int,
+    lanes: int,
+    seed: int | None = None,
+    start_step: int = 0,
 ) -> Iterator[Batch]:
-    """This worker's share of each of a day's global batches; bad data that one worker meets is raised on all. From
-    here on it is that day: what is known of an id ages to it.
+    """This worker's share of each of a day's global batches, from a step on; bad data that one worker meets is raised
+    on all. From here on it is that day: what is known of an id ages to it.
     """
     exchange = learner.exchange
     learner.embeddings.shard.begin_day(plan.interval.day.toordinal())
-    mine = {"rank": exchange.rank, "num_workers": exchange.num_workers}
+    mine = {"rank": exchange.rank, "num_workers": exchange.num_workers, "start_step": start_step}
     whole_groups = seed is not None and learner.in_lists
     return agreed(
         exchange, logs.read(plan, batch_size=batch_size, lanes=lanes, seed=seed, whole_groups=whole_groups, **mine)
@@ -69,41 +77,47 @@ def score_day(
 
 
 def train_day(
-    learner: Learner, logs: Logs, plan: DayPlan, batch_size: int, lanes: int, progress: Progress
+    learner: Learner,
+    logs: Logs,
+    plan: DayPlan,
+    batch_size: int,
+    lanes: int,
+    progress: Progress,
+    counted: Counted,
+    after_step: AfterStep = lambda counted: None,
 ) -> dict[str, Any]:
-    """One pass over a day's rows, then evictions. Returns what was counted, over all workers: losses, their weights,
-    gates, nulls, ids, steps; of lists, where a loss wants them, how many a row group's end cuts in two.
+    """One pass over a day's rows, or over those that are left where `counted` is of an earlier try, then evictions.
+    Returns what was counted, over all workers: losses, their weights, gates, nulls, ids, steps; of lists, where a loss
+    wants them, how many a row group's end cuts in two. after_step: called between any two steps.
     """
     exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
-    mean_2N = torch.zeros(2, len(learner.losses), dtype=torch.float64)
-    answered_T = torch.zeros(len(learner.graph.tasks), dtype=torch.int64)
-    new = int(learner.averaged.n_averaged) == 0
-    learner.health.reset()
-    nulls = torch.zeros(len(schema.ids) + len(schema.numbers) + len(schema.labels), dtype=torch.int64)
-    steps = done = 0
-    for batch in shares(learner, logs, plan, batch_size, lanes, learner.seed):
-        mean_2N += torch.stack(train_step(learner, batch, plan.interval.number)).cpu()
-        if new:
-            answered_T += answered_rows(learner.graph, batch.labels_BT)
+    batches = shares(learner, logs, plan, batch_size, lanes, learner.seed, counted.steps)
+    counted.restore_statistics()
+    for batch in batches:
+        counted.add_alike("losses", torch.stack(train_step(learner, batch, plan.interval.number)).double())
+        if counted.first_day:
+            counted.add("answered", answered_rows(learner.graph, batch.labels_BT))
         empty = [(ids.lengths_B == 0).sum() for ids in batch.ids.values()]
-        nulls += torch.stack([*empty, *batch.numbers_BK.isnan().sum(0), *batch.labels_BT.isnan().sum(0)])
-        steps, done = steps + 1, done + batch.num_rows
-        progress("train", done * exchange.num_workers)
-    losses, weights = (dict(zip(learner.losses, each.tolist(), strict=True)) for each in mean_2N / steps)
-    if new:
-        check_answered(learner, plan, exchange.all_reduce(answered_T).tolist())
+        counted.add("nulls", torch.stack([*empty, *batch.numbers_BK.isnan().sum(0), *batch.labels_BT.isnan().sum(0)]))
+        counted.steps += 1
+        progress("train", plan.num_rows * counted.steps // plan.num_steps(batch_size))
+        after_step(counted)
+    mean_2N = counted.alike["losses"] / counted.steps
+    losses, weights = (dict(zip(learner.losses, each.tolist(), strict=True)) for each in mean_2N)
+    if counted.first_day:
+        check_answered(learner, plan, exchange.all_reduce(counted.own["answered"].clone()).tolist())
     check_finite(learner, losses)
     shard.end_day()
     columns = [*schema.ids, *schema.numbers, *schema.labels]
-    counted = dict(zip(columns, exchange.all_reduce(nulls).tolist(), strict=True))
+    nulls = dict(zip(columns, exchange.all_reduce(counted.own["nulls"].clone()).tolist(), strict=True))
     cut = together(exchange, lambda: 0 if exchange.rank else logs.cut_groups(plan)) if learner.in_lists else 0
     return {
-        "steps": steps,
+        "steps": counted.steps,
         "cut_lists": cut,
         "losses": losses,
         "weights": weights,
         "gates": learner.health.report(exchange, learner.graph.with_head),
-        "nulls": {c: n for c, n in counted.items() if n},
+        "nulls": {c: n for c, n in nulls.items() if n},
         "ids": account(shard),
     }
 
@@ -126,7 +140,7 @@ def run_day(
     start = time.perf_counter()
     metrics = score_day(learner, logs, plan, batch_size, lanes, gauc, progress) if score else {}
     trained_from = time.perf_counter()
-    counted = train_day(learner, logs, plan, batch_size, lanes, progress)
+    trained = train_day(learner, logs, plan, batch_size, lanes, progress, Counted(learner))
     end = time.perf_counter()
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = learner.exchange.all_reduce(torch.tensor([float(peak_bytes)], dtype=torch.float64))
@@ -140,7 +154,7 @@ def run_day(
         "workers": learner.exchange.num_workers,
         "memory_bytes": int(memory.item()),
         "metrics": metrics,
-        **counted,
+        **trained,
     }
 
 

@@ -8,7 +8,7 @@ is used by nobody), and the share of the experts' units that were 0 on every row
 Shape letters: B rows, G gates, E experts, H their width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from embeddings.exchange import Exchange
 from trainer.bodies import Shared
+
+_ROWS = "rows"
 
 
 class GateHealth:
@@ -25,15 +27,18 @@ class GateHealth:
         self.reset()
 
     def reset(self) -> None:
-        self._rows = 0
-        self._sums: dict[str, Tensor] = {}
-        self._choices: dict[str, Sequence[int]] = {}
+        self.sums: dict[str, Tensor] = {}  # they add up over workers
+        self.choices: dict[str, Sequence[int]] = {}  # of each level: of how many experts each gate mixes
+
+    def load(self, sums: Mapping[str, Tensor], choices: Mapping[str, Sequence[int]]) -> None:
+        """Go on from what was counted of the day before it was interrupted."""
+        self.sums, self.choices = dict(sums), dict(choices)
 
     @torch.no_grad()
     def add(self, shared: Shared) -> None:
         """Count a batch's rows."""
-        self._rows += shared.h_TBH.shape[1]
-        self._choices.update(shared.choices)
+        self._add(_ROWS, torch.tensor(shared.h_TBH.shape[1]))
+        self.choices.update(shared.choices)
         for name, gate_BGE in shared.gates.items():
             entropy_G = torch.special.entr(gate_BGE).sum(-1).sum(0)
             self._add(f"{name}/gates", torch.cat([gate_BGE.sum(0), entropy_G.unsqueeze(1)], dim=1))
@@ -41,14 +46,14 @@ class GateHealth:
             self._add(f"{name}/units", units_EBH.abs().sum(1))  # 0 where a unit never answered
 
     def _add(self, name: str, sum: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0) + sum.double()
+        self.sums[name] = self.sums.get(name, 0) + sum.double()
 
     def report(self, exchange: Exchange, heads: Sequence[str]) -> dict[str, Any]:
         """By level: mean by gate and expert, entropy by gate (1: equal shares), least, dead_units. heads: the names of
         those for whom gates mix. Collective.
         """
-        rows = float(exchange.all_reduce(torch.tensor([float(self._rows)], dtype=torch.float64)))
-        sums = {name: exchange.all_reduce(sum.cpu().clone()) for name, sum in sorted(self._sums.items())}
+        sums = {name: exchange.all_reduce(sum.cpu().clone()) for name, sum in sorted(self.sums.items())}
+        rows = float(sums.pop(_ROWS, 0))
         found: dict[str, Any] = {}
         for name, sum in sums.items():
             level, _, what = name.partition("/")
@@ -57,7 +62,7 @@ class GateHealth:
                 entry["dead_units"] = round((sum == 0).double().mean().item(), 4)
                 continue
             mean_GE, entropy_G = sum[:, :-1] / max(rows, 1), sum[:, -1] / max(rows, 1)
-            choices = self._choices.get(level, [mean_GE.shape[1]] * mean_GE.shape[0])
+            choices = self.choices.get(level, [mean_GE.shape[1]] * mean_GE.shape[0])
             most_G = torch.tensor(choices).clamp(min=2).double().log()
             names = _gates(heads, len(mean_GE))
             entry["mean"] = {

@@ -625,3 +625,20 @@ def test_after_writing_or_failing_to_write_nobody_needs_to_be_told_of_changes(tm
     live(shard, NUM_DAYS)
     expected = state_of([shard])
     assert state_of(loaded([save([shard], tmp_path / "good", base=True)])) == expected
+
+
+def test_what_was_not_kept_counts_as_changed_again_and_comes_into_the_next(tmp_path: Path) -> None:
+    """Two deltas are thrown away while rows come, wait, leave and are given to others: the third holds it all."""
+    shards = lived(1)
+    (shard,) = shards
+    layers = [save(shards, tmp_path / "base", base=True)]
+    for day in range(NUM_DAYS, NUM_DAYS + 2):
+        together(shards, live, day)
+        snapshot = Snapshot(shard, base=day == NUM_DAYS)
+        meet(shard, "item", range(50 * day, 50 * day + 30))
+        snapshot.write(LOCAL, str(tmp_path / f"thrown-away-{day}"))
+        snapshot.undo()
+    together(shards, live, NUM_DAYS + 2)
+    layers.append(save(shards, tmp_path / "next", base=False))
+    assert state_of(loaded(layers)) == state_of(shards)
+    assert {part.kind for part in layers[-1].parts} >= {"rows", "evicted", "waiting"}

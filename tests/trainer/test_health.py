@@ -199,4 +199,4 @@ def test_health_is_measured_in_bfloat16_too_and_holds_no_graph(kind: str) -> Non
         for mean in entry["mean"]:
             assert sum(mean) == pytest.approx(1, abs=6e-4)  # shares; each rounded to four digits
         assert all(0 <= entropy <= 1 for entropy in entry["entropy"])
-    assert not any(sum.requires_grad for sum in health._sums.values())
+    assert not any(sum.requires_grad for sum in health.sums.values())
