@@ -97,7 +97,9 @@ def run(job: Callable[[Worker], Any], config: Config, use_ray: bool, on_event: C
     """A job on the configured Ray workers, or as the only worker in this process; returns worker 0's result."""
     if not use_ray:
         return run_here(job, on_event)
-    return run_on_ray(job, on_event, num_workers=config.train.workers, max_failures=config.nightly.max_failures)
+    return run_on_ray(
+        job, on_event, num_workers=config.train.workers_between[1], max_failures=config.nightly.max_failures
+    )
 
 
 def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:

@@ -219,13 +219,23 @@ def _table_bounds(table: TableConfig) -> dict[str, tuple[float, float, float]]:
     return bounds
 
 
+def _workers_bounds(config: Config) -> dict[str, tuple[float, float, float]]:
+    """A lane is read by one worker."""
+    least, most = config.train.workers_between
+    if isinstance(config.train.workers, int):
+        return {"train.workers": (most, 1, config.data.lanes)}
+    return {"train.workers.max": (most, 1, config.data.lanes), "train.workers.min": (least, 1, most)}
+
+
 def _check_numbers(config: Config, where: str) -> None:
     """Bounds that types do not say."""
     rows = {name: v for name, v in dataclasses.asdict(config.train.rows).items() if name != "optimizer"}
     propensities = {name: task.propensity for name, task in config.tasks.items() if task.propensity}
     bounds: dict[str, tuple[float, float, float]] = {
         "data.lanes": (config.data.lanes, 1, 65_536),
-        "train.workers": (config.train.workers, 1, config.data.lanes),
+        **_workers_bounds(config),
+        "nightly.max_failures": (config.nightly.max_failures, 0, 10**6),
+        "nightly.hang_s": (config.nightly.hang_s, 0, 10**6),
         "train.batch_size": (config.train.batch_size, config.data.lanes, 2**31),
         "train.dense.average": (config.train.dense.average, 0, 1),
         **{f"tasks.{n}.scale": (t.scale, 1e-12, 1e12) for n, t in config.tasks.items()},

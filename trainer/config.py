@@ -177,18 +177,35 @@ class DenseConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """batch_size: rows of a step over all workers together, so that the number of workers never changes the answer.
-    payload: how rows and their gradients travel between workers.
+class WorkersConfig:
+    """As many workers as the cluster can give, within these bounds: fewer when a node is lost, more again when it is
+    back.
     """
 
-    workers: int = 2
+    max: int
+    min: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """workers: so many, or within bounds. batch_size: rows of a step over all workers together, so that the number of
+    workers never changes the answer. payload: how rows and their gradients travel between workers.
+    """
+
+    workers: int | WorkersConfig = 2
     batch_size: int = 4096
     precision: Literal["fp32", "bf16"] = "fp32"
     payload: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
     rows: RowsConfig = field(default_factory=RowsConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
+
+    @property
+    def workers_between(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        if isinstance(self.workers, int):
+            return self.workers, self.workers
+        return self.workers.min, self.workers.max
 
 
 @dataclass(frozen=True)
@@ -204,12 +221,13 @@ class GateConfig:
 @dataclass(frozen=True)
 class NightlyConfig:
     """missing_days: whether a gap in the days stops the night. max_failures: how often lost workers are replaced in
-    one call.
+    one call. hang_s: a worker that shows no sign of life for so long is named and replaced; 0: it is waited for.
     """
 
     gate: GateConfig = field(default_factory=GateConfig)
     missing_days: Literal["stop", "skip"] = "stop"
     max_failures: int = 3
+    hang_s: float = 60.0
 
 
 @dataclass(frozen=True)

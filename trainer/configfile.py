@@ -9,6 +9,7 @@ defines: each is a UserError with the dotted path and the nearest known word.
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import pydantic
@@ -138,11 +139,24 @@ def _validate(tree: dict[str, Any], where: str) -> Config:
     try:
         return _Strict(config=tree).config  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
-        raise _user_error(error.errors()[0], where) from None
+        raise _user_error(_first(error.errors()), where) from None
+
+
+def _first(errors: list[Any]) -> Any:
+    """The first error; of a value that may have several forms, that of the form which it is nearest to."""
+    of_form = [error for error in errors if _in_a_form(error["loc"])]
+    return max(of_form, key=lambda error: len(error["loc"])) if errors[0] in of_form else errors[0]
+
+
+def _in_a_form(loc: tuple[Any, ...]) -> bool:
+    """Whether an error is about one form of train.workers (a number, bounds), which its path then names."""
+    return loc[1:3] == ("train", "workers") and len(loc) > 3
 
 
 def _user_error(error: Any, where: str) -> UserError:
     loc = [str(part) for part in error["loc"][1:]]
+    if _in_a_form(error["loc"]):
+        del loc[2]
     place, key = f"{where}: {'.'.join(loc)}", loc[-1]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return UserError(f"unknown key '{key}'", place, do=nearest(key, _keys_at(loc[:-1])))
@@ -166,5 +180,5 @@ def _keys_at(path: list[str]) -> list[str]:
         else:
             kind = getattr(kind, "__args__", (None,))[-1]
         options = [a for a in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(a)]
-        kind = options[0] if options and type(None) in kind.__args__ else kind
+        kind = options[0] if options and isinstance(kind, UnionType) else kind
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

@@ -130,6 +130,31 @@ def test_as_dict_and_flatten_give_every_value_its_dotted_path(path: Path) -> Non
     assert flatten({"a": {"b": {"c": 1}}, "d": {}, "e": [1]}) == {"a.b.c": 1, "d": {}, "e": [1]}
 
 
+@pytest.mark.parametrize(
+    ("workers", "between"),
+    [("4", (4, 4)), ("{min: 1, max: 4}", (1, 4)), ("{max: 4}", (1, 4)), ("{min: 2, max: 2}", (2, 2))],
+)
+def test_workers_are_a_number_or_bounds(path: Path, workers: str, between: tuple[int, int]) -> None:
+    config = load(str(path), [f"train.workers={workers}"])
+    assert config.train.workers_between == between
+    assert flatten(as_dict(config)).keys() & {"train.workers", "train.workers.min"}, "they are told with their path"
+
+
+@pytest.mark.parametrize(
+    ("workers", "text"),
+    [
+        ("{max: 0}", "train.workers.max: out of bounds\n  got 0\n  expected 1 .. 24"),
+        ("{min: 3, max: 2}", "train.workers.min: out of bounds\n  got 3\n  expected 1 .. 2"),
+        ("{min: 1}", "train.workers.max: key 'max' is missing"),
+        ("{max: 2, mxa: 2}", "train.workers.mxa: unknown key 'mxa'\n  -> did you mean 'max'?"),
+        ("{min: few, max: 2}", "train.workers.min: wrong value\n  got 'few'\n  expected a whole number"),
+        ("[1, 2]", "train.workers: wrong value\n  got [1, 2]\n  expected a whole number"),
+    ],
+)
+def test_bounds_of_workers_that_are_none_are_refused(path: Path, workers: str, text: str) -> None:
+    assert text in refusal(path, f"train.workers={workers}")
+
+
 # Overrides.
 
 
@@ -271,6 +296,7 @@ def test_a_key_that_yaml_does_not_read_as_text_is_to_be_put_in_quotes(path: Path
     [
         ("train.workers=two", "'two'", "a whole number"),
         ("train.workers=1.5", "1.5", "a whole number"),
+        ("nightly.hang_s=soon", "'soon'", "a number"),
         ("train.batch_size=null", "None", "a whole number"),
         ("train.dense.lr=fast", "'fast'", "a number"),
         ("features.user_id.kind=idx", "'idx'", "'id', 'ids', 'number' or 'id_stats'"),
@@ -316,6 +342,8 @@ def test_a_value_of_a_wrong_type_is_told_in_the_words_of_yaml(
     [
         ("train.workers=0", "1 .. 24"),
         ("train.workers=25", "1 .. 24"),  # a lane is read by one worker
+        ("nightly.max_failures=-1", "0 .. 1000000"),
+        ("nightly.hang_s=-1", "0 .. 1000000"),
         ("train.batch_size=23", "24 .. 2147483648"),
         ("train.seed=-1", "0 .. 9223372036854775807"),
         ("train.dense.lr=-0.1", "0 .. 1000000"),
