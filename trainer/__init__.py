@@ -1,6 +1,7 @@
 """One day of learning, in plain torch; Ray only in workers.py, MLflow only in tracking.py.
 
-Reading order: errors, intervals, storage, expressions, config, checks, configfile, pieces, lanes, data, draws,
-numbers, features, layers, bodies, encoders, towers, losses, heads, auxiliary, model, objective, balance, health,
-learner, counted, step, metrics, agree, checkpoint, predictions, parts, serving, pictures, tracking, day, workers.
+Reading order: errors, intervals, storage, ledger, expressions, config, checks, configfile, pieces, lanes, data,
+draws, numbers, features, layers, bodies, encoders, towers, losses, heads, auxiliary, model, objective, balance,
+health, learner, counted, step, metrics, agree, checkpoint, predictions, parts, serving, pictures, tracking, day,
+workers.
 """

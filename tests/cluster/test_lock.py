@@ -1,0 +1,306 @@
+"""The lock of a night.
+
+Oracles: a counter of who is inside, for mutual exclusion, over a store that promises as little as the worst that we run
+on; the kernel's own word on processes that were killed or stopped, for takeovers.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.lock import Lock, Process, holder, is_alive, read_claims
+from trainer.errors import UserError
+from trainer.storage import Storage
+
+FAST = {"beat_every_s": 0.02, "dead_after_s": 0.3}
+ROOT = Path(__file__).parents[2]
+
+
+class Memory:
+    """Files in memory, each written whole, every word after a random while. A listing looks at one file after the other
+    while others write: it shows what was there `lag_s` before it began, and what came later by chance, as often as
+    `shown` says.
+    """
+
+    path = "memory"
+
+    def __init__(self, seed: int, delay_s: float, lag_s: float = 0.0, shown: float = 0.5):
+        self._random, self._delay_s, self._lag_s, self._shown = random.Random(seed), delay_s, lag_s, shown
+        self._content: dict[str, tuple[float, bytes]] = {}
+        self._mutex = threading.Lock()
+
+    def _wait(self) -> None:
+        time.sleep(self._random.random() * self._delay_s)
+
+    def write(self, name: str, content: bytes) -> None:
+        self._wait()
+        with self._mutex:
+            first, _ = self._content.get(name, (time.monotonic(), b""))
+            self._content[name] = first, content
+        self._wait()
+
+    def read(self, name: str) -> bytes:
+        self._wait()
+        try:
+            return self._content[name][1]
+        except KeyError:
+            raise FileNotFoundError(name) from None
+
+    def files(self) -> list[str]:
+        began = time.monotonic()
+        self._wait()
+        with self._mutex:
+            names = [*self._content]
+        self._random.shuffle(names)
+        shown = []
+        for name in names:
+            self._wait()
+            there = self._content.get(name)
+            if there and (there[0] < began - self._lag_s or self._random.random() < self._shown):
+                shown.append(name)
+        return sorted(shown)
+
+    def exists(self, name: str) -> bool:
+        return name in self._content
+
+    def delete(self, name: str) -> None:
+        self._wait()
+        self._content.pop(name, None)
+
+
+class Inside:
+    """How many hold the lock at once, and how often somebody did."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.times = 0
+        self._mutex = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._mutex:
+            self.now, self.times = self.now + 1, self.times + 1
+            self.most = max(self.most, self.now)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._mutex:
+            self.now -= 1
+
+
+def at_once(*works: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def contend(store: Memory, inside: Inside, seed: int, tries: int, settle_s: float = 0.0) -> Callable[[], None]:
+    """One who wants the lock again and again, stays a while when he gets it, and goes away when he is refused."""
+    chance = random.Random(seed)
+
+    def work() -> None:
+        for _ in range(tries):
+            time.sleep(chance.random() * 0.003)
+            try:
+                with Lock(store, "nightly", settle_s=settle_s) as lock, inside:
+                    time.sleep(chance.random() * 0.003)
+                    lock.mine()
+            except UserError as error:
+                assert "another night runs" in str(error), error
+
+    return work
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_who_want_it_at_once_never_hold_it_together(seed: int) -> None:
+    store, inside = Memory(seed, delay_s=0.0005), Inside()
+    at_once(*(contend(store, inside, 100 * seed + i, tries=8) for i in range(8)))
+    assert inside.most == 1 and inside.times > 1
+    assert store.files() == [], "nothing is left behind"
+
+
+def test_a_listing_that_lags_behind_is_waited_for() -> None:
+    store, inside = Memory(0, delay_s=0.0005, lag_s=0.01), Inside()
+    at_once(*(contend(store, inside, i, tries=4, settle_s=0.02) for i in range(6)))
+    assert inside.most == 1 and inside.times > 1
+
+
+def test_without_the_wait_a_listing_that_shows_nothing_new_lets_two_in() -> None:
+    """What the tests above would see if the lock were wrong."""
+    store, inside, together = Memory(0, delay_s=0.0, lag_s=1.0, shown=0.0), Inside(), threading.Barrier(2)
+
+    def night() -> None:
+        with Lock(store, "nightly", settle_s=0.0), inside:
+            together.wait(5)
+
+    at_once(night, night)
+    assert inside.most == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_two_that_start_together_one_runs_and_one_is_refused(seed: int) -> None:
+    store, got = Memory(seed, delay_s=0.005), []
+    together, over = threading.Barrier(2), threading.Event()
+
+    def night() -> None:
+        together.wait()
+        try:
+            with Lock(store, "nightly", settle_s=0.0):
+                got.append("runs")
+                over.wait(5)
+        except UserError:
+            got.append("refused")
+            over.set()
+
+    at_once(night, night)
+    assert sorted(got) == ["refused", "runs"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "lock"))
+
+
+def test_the_refused_one_is_told_who_holds_it_since_when(store: Storage) -> None:
+    with Lock(store, "nightly"):
+        with pytest.raises(UserError) as refused, Lock(store, "rollback"):
+            pass
+        [claim] = read_claims(store)
+        assert holder(store) == claim
+    text = str(refused.value)
+    assert (
+        f"another night runs\n  got nightly, process {os.getpid()} on {claim.process.host}, since {claim.since}" in text
+    )
+    with Lock(store, "rollback"):
+        pass
+    assert store.files() == [] and holder(store) is None
+
+
+HOLD = """
+import sys, time
+from cluster.lock import Lock
+from trainer.storage import Storage
+with Lock(Storage(sys.argv[1]), "nightly", beat_every_s=0.02) as lock:
+    print("held", flush=True)
+    for line in sys.stdin:
+        try:
+            lock.mine()
+            print("mine", flush=True)
+        except Exception as error:
+            print(str(error).replace("\\n", " "), flush=True)
+"""
+
+
+@pytest.fixture
+def other(store: Storage) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that holds the lock; it says whether it still does for each line that it is given."""
+    command = [sys.executable, "-c", HOLD, store.path]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def asked(process: "subprocess.Popen[str]") -> str:
+    assert process.stdin and process.stdout
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline()
+
+
+def test_a_killed_owners_lock_is_taken_over_at_once(store: Storage, other: "subprocess.Popen[str]") -> None:
+    with pytest.raises(UserError, match=f"process {other.pid} on"), Lock(store, "nightly"):
+        pass
+    other.kill()
+    other.wait()
+    start = time.monotonic()
+    with Lock(store, "nightly"):
+        assert time.monotonic() - start < 1
+        assert [claim.process.pid for claim in read_claims(store)] == [os.getpid()]
+    assert store.files() == []
+
+
+def test_a_killed_owner_whom_nobody_waits_for_is_dead_too(store: Storage, other: "subprocess.Popen[str]") -> None:
+    other.kill()  # no wait(): a zombie keeps its number
+    deadline = time.monotonic() + 5
+    while not read_claims(store)[0].process.is_gone():
+        assert time.monotonic() < deadline
+    with Lock(store, "nightly"):
+        pass
+
+
+def test_a_number_that_another_process_got_is_not_the_owner(store: Storage, other: "subprocess.Popen[str]") -> None:
+    [claim] = read_claims(store)
+    assert not claim.process.is_gone()
+    assert dataclasses.replace(claim.process, started=Process.this().started + "1").is_gone()
+    of_other_host = dataclasses.replace(claim.process, started="1", boot="of another start of the machine")
+    assert not of_other_host.is_gone(), "nobody here knows"
+    assert not dataclasses.replace(claim.process, started="1", space="pid:[1]").is_gone(), "another container's number"
+
+
+def test_a_stalled_owner_is_taken_over_after_its_heartbeat_and_must_not_write_when_it_wakes_up(
+    store: Storage, other: "subprocess.Popen[str]"
+) -> None:
+    assert asked(other) == "mine\n"
+    other.send_signal(signal.SIGSTOP)
+    with pytest.raises(UserError, match="another night runs"), Lock(store, "nightly", **FAST):
+        pass  # not before the beat is old
+    time.sleep(0.35)
+    with Lock(store, "nightly", **FAST) as lock:
+        other.send_signal(signal.SIGCONT)
+        assert "another night took over" in asked(other) and f"process {os.getpid()} on" in asked(other)
+        time.sleep(0.1)  # its heart goes on
+        lock.mine()
+    assert "another night took over" in asked(other), "also when the other night is over"
+    with Lock(store, "nightly"):
+        pass
+
+
+def test_a_beat_that_only_looks_old_is_watched(store: Storage, other: "subprocess.Popen[str]") -> None:
+    """The other host's clock may be minutes behind ours: its beats are old, but they come."""
+    [claim] = read_claims(store)
+    elsewhere = dataclasses.replace(claim, process=dataclasses.replace(claim.process, boot="", pid=1))
+    assert is_alive(store, elsewhere, beat_every_s=0.05, dead_after_s=0.0)
+    other.send_signal(signal.SIGSTOP)
+    time.sleep(0.05)
+    assert not is_alive(store, elsewhere, beat_every_s=0.05, dead_after_s=0.0)
+
+
+def test_an_owner_that_died_while_it_chose_is_in_nobodys_way(store: Storage) -> None:
+    with Lock(store, "nightly"):
+        [claim] = read_claims(store)
+    dead = dataclasses.replace(claim, ticket=None, held=False, process=dataclasses.replace(claim.process, started="1"))
+    store.write(f"{claim.id}.claim", json.dumps(dataclasses.asdict(dead)).encode())
+    with Lock(store, "nightly"):
+        pass
+    assert store.files() == []
+
+
+def test_one_that_chooses_is_waited_for(store: Storage) -> None:
+    with Lock(store, "nightly"):
+        [claim] = read_claims(store)
+    name = f"{claim.id}.claim"
+    choosing = dataclasses.replace(claim, ticket=None, held=False, at=time.time())
+    store.write(name, json.dumps(dataclasses.asdict(choosing)).encode())
+    threading.Timer(0.2, store.delete, [name]).start()
+    start = time.monotonic()
+    with Lock(store, "nightly"):
+        assert time.monotonic() - start > 0.15
+
+
+def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="(?s)the lock cannot be taken.*same command again"):
+        with Lock(Storage(str(tmp_path / "file" / "lock")), "nightly"):
+            pass
