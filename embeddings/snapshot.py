@@ -35,6 +35,7 @@ from embeddings.dedupe import Int64s
 from embeddings.freeze import FrozenRows
 from embeddings.idmap import IdMap
 from embeddings.pool import Columns, RowPool
+from embeddings.pulse import beat
 from embeddings.shard import Shard
 
 _ROW_GROUP = 1 << 17
@@ -171,6 +172,7 @@ class _Parts:
             self._writers[table, kind], self._rows[table, kind] = (path, writer), 0
         self._writers[table, kind][1].write_table(content)
         self._rows[table, kind] += content.num_rows
+        beat()
 
     def close(self) -> list[Part]:
         self._open.close()
@@ -311,6 +313,7 @@ def _groups(filesystem: pyarrow.fs.FileSystem, paths: Sequence[str], buckets: ra
                 of_bucket = file.metadata.row_group(group).column(names.index("bucket")).statistics
                 if of_bucket.min < buckets.stop and of_bucket.max >= buckets.start:
                     content = file.read_row_group(group, use_threads=False)
+                    beat()
                     columns = {name: _numpy(content[name].combine_chunks()) for name in names}
                     mine = (columns["bucket"] >= buckets.start) & (columns["bucket"] < buckets.stop)
                     if not mine.all():

@@ -11,11 +11,11 @@ PACKAGES = ["embeddings", "trainer", "tune", "cluster"]
 # Reading order is import order. A file may import those before it, in its own package, and anything of the packages on
 # the left.
 ORDER = {
-    "embeddings": "table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
+    "embeddings": "pulse table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
     "shard accounts client pooling freeze snapshot rowfile",
     "trainer": "errors intervals storage ledger expressions config checks configfile pieces lanes data draws numbers "
     "features layers bodies encoders towers losses heads auxiliary model objective balance health learner "
-    "counted step metrics agree checkpoint predictions parts serving pictures tracking day workers",
+    "counted step metrics agree checkpoint predictions parts serving pictures tracking day watch workers",
     "tune": "space search fusion",
     "cluster": "simulate lock registry nightly predict export doctor tables cli",
 }

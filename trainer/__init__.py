@@ -3,5 +3,5 @@
 Reading order: errors, intervals, storage, ledger, expressions, config, checks, configfile, pieces, lanes, data,
 draws, numbers, features, layers, bodies, encoders, towers, losses, heads, auxiliary, model, objective, balance,
 health, learner, counted, step, metrics, agree, checkpoint, predictions, parts, serving, pictures, tracking, day,
-workers.
+watch, workers.
 """

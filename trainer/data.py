@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embeddings.jagged import Jagged
+from embeddings.pulse import beat
 from trainer.errors import UserError
 from trainer.expressions import Expression, Values, parse
 from trainer.intervals import Interval
@@ -266,10 +267,12 @@ class Logs:
 
     def _table(self, group: RowGroup, columns: list[str]) -> pa.Table:
         try:
-            return self._open(group.path).read_row_group(group.index, columns=columns, use_threads=False)
+            table = self._open(group.path).read_row_group(group.index, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             got, do = first_line(error), "deliver the file again, or remove it"
             raise UserError("a row group cannot be read", group.where, got=got, do=do) from None
+        beat()
+        return table
 
     def read(
         self,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from embeddings.pulse import beat
+
 GAUC_WEIGHTINGS = ("impressions", "positives", "equal")
 LABEL_TYPES = {"binary": np.int8, "regression": np.float32, "ranking": np.float32}
 GROUPED_KINDS = ("binary", "ranking")
@@ -183,6 +185,7 @@ class Evaluation:
             else:
                 metrics[address] = _regression(predictions, labels)
             metrics[address]["rows"] = len(labels)
+            beat()
         return metrics
 
 
