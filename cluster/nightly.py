@@ -16,12 +16,12 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
-from cluster.registry import Decision, judge
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config import Config, as_dict, flatten
 from trainer.data import DayPlan, Logs
 from trainer.day import run_day
 from trainer.errors import UserError
+from trainer.gate import Decision, Past, judge, look_back
 from trainer.intervals import Interval
 from trainer.learner import build, check, open_logs
 from trainer.pictures import days_picture, gates_picture
@@ -164,10 +164,10 @@ class Morning:
                 self._decide(self._checkpoints.open(interval))
 
     def _decide(self, checkpoint: Checkpoint) -> None:
-        report, champion = checkpoint.report, self.champion()
-        gate = self._config.nightly.gate
-        addresses = gate.addresses or tuple(self._first_address(report))
-        decision = judge(report["metrics"], champion.report["metrics"] if champion else None, addresses, gate.tolerance)
+        report, gate = checkpoint.report, self._config.nightly.gate
+        earlier = [interval for interval in self._checkpoints.intervals() if interval < checkpoint.interval]
+        before = look_back(map(self._past, reversed(earlier)), report["day"], gate)
+        decision = judge(report, before, gate)
         run_id = self._log(checkpoint, decision)
         version = self._tracking.register(
             run_id, tags={"day": report["day"], "checkpoint": checkpoint.id, "state": decision.state}
@@ -191,12 +191,13 @@ class Morning:
             raise UserError("no model is promoted yet", self._checkpoints.path, do="run nightly first")
         return champion
 
+    def _past(self, interval: Interval) -> Past:
+        """An earlier interval, as the gate sees it."""
+        decision = self._checkpoints.decision(interval) or {"state": "undecided", "reason": ""}
+        return Past(self._checkpoints.open(interval).report, decision["state"], decision["reason"])
+
     def _state(self, interval: Interval) -> str | None:
         return (self._checkpoints.decision(interval) or {}).get("state")
-
-    @staticmethod
-    def _first_address(report: dict[str, Any]) -> list[str]:
-        return [address for address, metrics in report["metrics"].items() if "auc" in metrics][:1]
 
     def _log(self, checkpoint: Checkpoint, decision: Decision) -> str:
         report = checkpoint.report

@@ -14,7 +14,8 @@ _TOP = 100  # of so many ids, the most frequent one
 def account(shard: Shard) -> dict[str, dict[str, float]]:
     """By table, over all workers (collective): the shard's counts since they were reset, and how things stand.
 
-    repeats: ids saved by deduping. waiting: ids that wait for a row. rows, free, bytes: of all shards; a pool's bytes
+    repeats: ids saved by deduping. waiting: ids that wait for a row. seen,
+    waiting_seen: of both, those that were seen today. rows, free, bytes: of all shards; a pool's bytes
     and free rows are told of each table by its share of the rows. load: rows a row reserved. imbalance: rows of the
     largest shard over the mean. top_share: of all sightings of the ids that have a row, those of the most frequent
     hundredth.
@@ -24,7 +25,7 @@ def account(shard: Shard) -> dict[str, dict[str, float]]:
     everyone = torch.zeros(workers, *mine.shape, dtype=torch.float64)
     everyone[rank] = torch.from_numpy(mine)
     everyone = shard.exchange.all_reduce(everyone)
-    names = [*COUNTS, "waiting", "rows", "free", "bytes"]
+    names = [*COUNTS, "waiting", "seen", "waiting_seen", "rows", "free", "bytes"]
     found = {}
     for t, table in enumerate(shard.names):
         sums = dict(zip(names, everyone[:, t].sum(0).tolist(), strict=True))
@@ -44,7 +45,9 @@ def _of_table(shard: Shard, table: str) -> list[float]:
     share = rows / max(pool.ids.num_rows, 1)
     free = share * (pool.ids.capacity_rows - pool.ids.num_rows - len(pool.tables))
     counts = [shard.counts[name][t] for name in COUNTS]
-    return [*counts, int(shard.waiting.ids.num_rows_T[t]), rows, free, share * pool.memory_bytes]
+    now, waiting = shard.periods.now, shard.waiting.ids
+    seen = [int((ids.seen_R[ids.rows(t)] == now).sum()) for ids in (pool.ids, waiting)]
+    return [*counts, int(waiting.num_rows_T[t]), *seen, rows, free, share * pool.memory_bytes]
 
 
 def _top_share(shard: Shard, table: str, num_rows: int) -> float:

@@ -13,11 +13,12 @@ PACKAGES = ["embeddings", "trainer", "tune", "cluster"]
 ORDER = {
     "embeddings": "pulse table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
     "shard accounts client pooling freeze snapshot rowfile",
-    "trainer": "errors intervals storage ledger expressions config checks configfile pieces lanes data draws numbers "
-    "features layers bodies encoders towers losses heads auxiliary model objective balance health learner "
-    "counted step metrics agree checkpoint predictions parts serving pictures tracking day watch workers",
+    "trainer": "errors intervals storage ledger expressions gate config checks configfile pieces lanes data draws "
+    "numbers features layers bodies encoders towers losses heads auxiliary model objective balance "
+    "health learner counted step bootstrap metrics facts norms agree checkpoint predictions parts "
+    "serving pictures tracking day watch workers",
     "tune": "space search fusion",
-    "cluster": "simulate lock registry nightly predict export doctor tables cli",
+    "cluster": "simulate lock nightly predict export doctor tables cli",
 }
 
 # Who may import what is large, slow to start, or likely to change under us.

@@ -16,23 +16,23 @@ from wrong.mutant import Mutant
 
 def promotes_everybody():
     "Nobody is ever held."
-    from cluster import registry
-    registry.judge = lambda *_: registry.Decision("promoted", "why not")
+    from trainer import gate
+    gate.judge = lambda *_: gate.Decision("promoted", "why not")
 
 def harmless():
     "Nothing is wrong."
-    from cluster import registry
-    judge = registry.judge
-    registry.judge = lambda *arguments: judge(*arguments)
+    from trainer import gate
+    judge = gate.judge
+    gate.judge = lambda *arguments: judge(*arguments)
 
 def crashes():
     "It never gets to an answer."
-    from cluster import registry
-    del registry.Decision
+    from trainer import gate
+    del gate.Decision
 
-TEST = "cluster/test_registry.py::test_a_candidate_may_be_worse_by_the_tolerance_and_not_by_more"
+TEST = "trainer/test_gate.py::test_an_auc_may_fall_by_the_tolerance_and_not_by_more"
 MUTANTS = [Mutant(each, (TEST,)) for each in (promotes_everybody, harmless, crashes)]
-MUTANTS.append(Mutant(lambda: None, ("cluster/test_registry.py::test_that_nobody_wrote",)))
+MUTANTS.append(Mutant(lambda: None, ("trainer/test_gate.py::test_that_nobody_wrote",)))
 sys.exit(main(MUTANTS, heavy=(), arguments=sys.argv[1:]))
 """
 
@@ -41,7 +41,7 @@ sys.exit(main(MUTANTS, heavy=(), arguments=sys.argv[1:]))
     ("only", "code", "told"),
     [
         ("promotes_everybody", 0, "1 of 1 wrong versions are refused"),
-        ("harmless", 1, "SURVIVES: passes in cluster/test_registry.py"),
+        ("harmless", 1, "SURVIVES: passes in trainer/test_gate.py"),
         ("crashes", 1, "SURVIVES: crashes: "),
         ("lambda", 1, "test_that_nobody_wrote: did not run"),
     ],

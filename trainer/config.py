@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embeddings.table import TableConfig
+from trainer.gate import GateConfig
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the days lie: path/<day_column>=YYYY-MM-DD/*.parquet, on any filesystem that pyarrow can open.
 
-    group: the column that makes one ranked list (for GAUC), weighted as gauc says. keys: columns that predict copies.
+    group: the column that makes one ranked list (for GAUC), weighted as gauc says. user: the column that says whose row
+    it is: rows of one user are alike, which tells how sure a metric is (default: the group, or each row).
+    keys: columns that predict copies.
     weight: a column of sample weights. known: columns that are known when a row is scored, although labels are made
     with them (a video's length). lanes: parts in which a day is read side by side; at least as many as workers,
     the same for the life of a model.
@@ -26,6 +29,7 @@ class DataConfig:
     day_column: str = "day"
     group: str | None = None
     gauc: Literal["impressions", "positives", "equal"] = "impressions"
+    user: str | None = None
     keys: tuple[str, ...] = ()
     weight: str | None = None
     known: tuple[str, ...] = ()
@@ -206,16 +210,6 @@ class TrainConfig:
         if isinstance(self.workers, int):
             return self.workers, self.workers
         return self.workers.min, self.workers.max
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """Hold a candidate whose AUC at one of the addresses is below the champion's by more than tolerance. Default:
-    the first task's.
-    """
-
-    addresses: tuple[str, ...] = ()
-    tolerance: float = 0.03
 
 
 @dataclass(frozen=True)

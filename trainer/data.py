@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embeddings.buckets import hash64
 from embeddings.jagged import Jagged
 from embeddings.pulse import beat
 from trainer.errors import UserError
@@ -62,8 +63,8 @@ class Schema:
     ids, numbers: feature -> column. max_len: feature -> how many of a list's last ids count. log1p: numbers that are
     transformed so. labels: task -> expression, most often a column. weights: task -> expression, for tasks that weigh
     rows in their own way. allowed: task -> what its label may be, checked in this order. weight, group: columns, or
-    None. keys: columns handed through. aligned: features whose lists are read side by side, so that they are equally
-    long on every row and of one max_len.
+    None. user: likewise; may be null. keys: columns handed through. aligned: features whose lists are read side by
+    side, so that they are equally long on every row and of one max_len.
     """
 
     ids: Mapping[str, str]
@@ -75,6 +76,7 @@ class Schema:
     allowed: Mapping[str, Sequence[Allowed]] = field(default_factory=dict)
     weight: str | None = None
     group: str | None = None
+    user: str | None = None
     keys: tuple[str, ...] = ()
     aligned: tuple[tuple[str, ...], ...] = ()
 
@@ -98,7 +100,7 @@ class Schema:
         wanted = [*self.ids.values(), *self.numbers.values(), *self.keys]
         for expression in (*self.label_of.values(), *self.weight_of.values()):
             wanted += expression.columns
-        return list(dict.fromkeys([*wanted, *(c for c in (self.weight, self.group) if c)]))
+        return list(dict.fromkeys([*wanted, *(c for c in (self.weight, self.group, self.user) if c)]))
 
 
 @dataclass
@@ -107,7 +109,8 @@ class Batch:
 
     weights_BT: the row's weight times the task's own, in the order of the labels.
     row_B: each row's place in its day, the same for any number of workers: what is random about a row is drawn from it.
-    groups_B: the hashed group column. lane_B: the lane from which each row was read; a lane's rows stand in its order.
+    groups_B: the hashed group column. users_B: whose row it is, hashed; somebody of its own where nobody is named.
+    lane_B: the lane from which each row was read; a lane's rows stand in its order.
     keys: the key columns as an Arrow table, when asked for.
     """
 
@@ -117,6 +120,7 @@ class Batch:
     weights_BT: Tensor
     row_B: Tensor
     groups_B: Tensor | None = None
+    users_B: Tensor | None = None
     lane_B: Tensor | None = None
     keys: Any = None
 
@@ -218,6 +222,7 @@ class Logs:
         wants += [(f"the weight of task '{n}'", c, _is_number) for n, w in schema.weight_of.items() for c in w.columns]
         wants += [("data.weight", schema.weight, _is_number)] if schema.weight else []
         wants += [("data.group", schema.group, _is_id)] if schema.group else []
+        wants += [("data.user", schema.user, _is_id)] if schema.user else []
         wants += [("data.keys", c, lambda kind: True) for c in schema.keys]
         for user, column, fits in wants:
             if column not in found.names:
@@ -323,6 +328,7 @@ class Logs:
             torch.empty(0, len(schema.labels)),
             none,
             none if schema.group else None,
+            none if schema.user else None,
             none,
         )
 
@@ -373,6 +379,7 @@ def decode(schema: Schema, table: pa.Table, where: str, first_row: int = 0) -> B
         columns.weights(),
         torch.arange(first_row, first_row + table.num_rows),
         columns.groups(),
+        columns.users(first_row),
         keys=table.select(schema.keys) if schema.keys else None,
     )
 
@@ -486,6 +493,16 @@ class _Columns:
     def groups(self) -> Tensor | None:
         column = self._schema.group
         return _group(self._array[column], self._place(column)) if column else None
+
+    def users(self, first_row: int) -> Tensor | None:
+        """A row that names nobody is somebody of its own."""
+        if self._schema.user is None:
+            return None
+        array = self._array[self._schema.user]
+        known = torch.from_numpy(array.is_valid().to_numpy(zero_copy_only=False).copy())
+        users = ~hash64(torch.arange(first_row, first_row + len(array)))
+        users[known] = _hash_ids(array.drop_null())
+        return users
 
     def _check_aligned(self, columns: Sequence[str]) -> None:
         lengths = {column: _lengths(self._array[column]) for column in columns}

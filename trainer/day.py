@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from embeddings.accounts import account
+from embeddings.exchange import Exchange
 from trainer.agree import agreed, together
+from trainer.bootstrap import differences, errors
 from trainer.counted import Counted
 from trainer.data import Batch, DayPlan, Logs
 from trainer.errors import UserError
+from trainer.facts import Facts
 from trainer.heads import TaskGraph
 from trainer.learner import Learner
 from trainer.metrics import Evaluation
+from trainer.norms import norms
 from trainer.step import score_step, train_step
 
 Progress: TypeAlias = Callable[
@@ -54,22 +58,81 @@ def score_day(
     """The metrics of a day's rows by the model as it stands, over all workers: by address, None where undefined.
     Only worker 0 has them.
     """
-    exchange, graph = learner.exchange, learner.graph
-    mine = Evaluation(graph.addresses, gauc)
-    done = 0
-    for batch in shares(learner, logs, plan, batch_size, lanes):
-        predictions = graph.predictions(score_step(learner, batch), batch.labels_BT.to(learner.device))
-        for address, answers_B in graph.answers(batch.labels_BT).items():
-            mine.add(address, predictions[address], answers_B, batch.groups_B)
+    [found], _ = _score([learner], logs, plan, batch_size, lanes, gauc, progress)
+    return defined(found.compute()) if found else {}
+
+
+def rate_day(
+    learner: Learner,
+    logs: Logs,
+    plan: DayPlan,
+    batch_size: int,
+    lanes: int,
+    gauc: str,
+    progress: Progress,
+    rival: tuple[str, Learner] | None = None,
+) -> dict[str, Any]:
+    """What the gate wants to know of a day before it is trained on: metrics, their standard errors, how the rows are.
+    rival: the champion (its interval's name, and it) when that is another model: scored on the same rows, and compared.
+    Only worker 0 has what is made of predictions.
+    """
+    learners = [learner] if rival is None else [learner, rival[1]]
+    found, facts = _score(learners, logs, plan, batch_size, lanes, gauc, progress)
+    report = {"metrics": {}, **facts.report(learner.exchange)}
+    if found[0] is None:
+        return report
+    draws = [evaluation.draws(plan.interval.number) for evaluation in found if evaluation]
+    metrics = [defined(evaluation.compute()) for evaluation in found if evaluation]
+    report |= {"metrics": metrics[0], "errors": errors(draws[0]), "units": found[0].num_units()}
+    if rival:
+        report["rival"] = {
+            "day": rival[0],
+            "metrics": metrics[1],
+            "differences": differences(metrics[0], metrics[1], draws[0], draws[1]),
+        }
+    return report
+
+
+def _score(
+    learners: Sequence[Learner],
+    logs: Logs,
+    plan: DayPlan,
+    batch_size: int,
+    lanes: int,
+    gauc: str,
+    progress: Progress,
+) -> tuple[list[Evaluation | None], Facts]:
+    """One pass over a day's rows by each model. The evaluations of all workers' rows are on worker 0, None elsewhere;
+    the facts are this worker's.
+    """
+    exchange, graph = learners[0].exchange, learners[0].graph
+    mine, facts, done = [Evaluation(graph.addresses, gauc) for _ in learners], Facts(list(logs.schema.numbers)), 0
+    for learner in learners[1:]:
+        learner.embeddings.shard.begin_day(plan.interval.day.toordinal())
+    for batch in shares(learners[0], logs, plan, batch_size, lanes):
+        units_B = batch.row_B if batch.users_B is None and batch.groups_B is None else batch.users_B
+        for learner, evaluation in zip(learners, mine, strict=True):
+            predictions = graph.predictions(score_step(learner, batch), batch.labels_BT.to(learner.device))
+            for address, answers_B in graph.answers(batch.labels_BT).items():
+                evaluation.add(address, predictions[address], answers_B, batch.groups_B, units_B)
+        facts.add(batch)
         done += batch.num_rows
         progress("score", done * exchange.num_workers)
+    return [_gathered(exchange, graph, gauc, evaluation) for evaluation in mine], facts
+
+
+def _gathered(exchange: Exchange, graph: TaskGraph, gauc: str, mine: Evaluation) -> Evaluation | None:
     gathered = {name: exchange.gather(torch.from_numpy(values)) for name, values in mine.state().items()}
     if exchange.rank:
-        return {}
+        return None
     states = [
         {name: parts[worker].numpy() for name, parts in gathered.items()} for worker in range(exchange.num_workers)
     ]
-    metrics = Evaluation.merge(graph.addresses, gauc, states).compute()
+    return Evaluation.merge(graph.addresses, gauc, states)
+
+
+def defined(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """The metrics, None for NaN: a report is JSON."""
     return {
         address: {name: None if value != value else value for name, value in of.items()}
         for address, of in metrics.items()
@@ -107,6 +170,7 @@ def train_day(
     if counted.first_day:
         check_answered(learner, plan, exchange.all_reduce(counted.own["answered"].clone()).tolist())
     check_finite(learner, losses)
+    sizes = norms(learner)
     shard.end_day()
     columns = [*schema.ids, *schema.numbers, *schema.labels]
     nulls = dict(zip(columns, exchange.all_reduce(counted.own["nulls"].clone()).tolist(), strict=True))
@@ -117,6 +181,7 @@ def train_day(
         "losses": losses,
         "weights": weights,
         "gates": learner.health.report(exchange, learner.graph.with_head),
+        "norms": sizes,
         "nulls": {c: n for c, n in nulls.items() if n},
         "ids": account(shard),
     }
@@ -132,13 +197,14 @@ def run_day(
     gauc: str,
     score: bool,
     progress: Progress,
+    rival: tuple[str, Learner] | None = None,
 ) -> dict[str, Any]:
-    """Score (when there is a model of the day before), then train. Returns the day's report; only worker 0's has the
-    metrics.
+    """Score (when there is a model of the day before; and the champion, when that is another), then train. Returns the
+    day's report; only worker 0's has the metrics.
     """
     learner.embeddings.shard.reset_counts()
     start = time.perf_counter()
-    metrics = score_day(learner, logs, plan, batch_size, lanes, gauc, progress) if score else {}
+    rate = rate_day(learner, logs, plan, batch_size, lanes, gauc, progress, rival) if score else {"metrics": {}}
     trained_from = time.perf_counter()
     trained = train_day(learner, logs, plan, batch_size, lanes, progress, Counted(learner))
     end = time.perf_counter()
@@ -153,7 +219,7 @@ def run_day(
         "samples_per_s": round(plan.num_rows / (end - trained_from), 1),
         "workers": learner.exchange.num_workers,
         "memory_bytes": int(memory.item()),
-        "metrics": metrics,
+        **rate,
         **trained,
     }
 

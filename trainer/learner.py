@@ -296,6 +296,7 @@ def open_logs(config: Config) -> Logs:
         aligned=_aligned(config),
         weight=config.data.weight,
         group=config.data.group,
+        user=config.data.user,
         keys=config.data.keys,
     )
     return Logs(config.data.path, config.data.day_column, schema)

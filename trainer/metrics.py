@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from embeddings.pulse import beat
+from trainer.bootstrap import draws
 
 GAUC_WEIGHTINGS = ("impressions", "positives", "equal")
 LABEL_TYPES = {"binary": np.int8, "regression": np.float32, "ranking": np.float32}
@@ -125,6 +126,7 @@ class Evaluation:
             self._chunks[f"{address}/predictions"] = [np.empty(0, np.float32)]
             self._chunks[f"{address}/labels"] = [np.empty(0, LABEL_TYPES[kind])]
             self._chunks[f"{address}/groups"] = [np.empty(0, np.int64)]
+            self._chunks[f"{address}/units"] = [np.empty(0, np.int64)]
 
     @classmethod
     def merge(
@@ -145,10 +147,12 @@ class Evaluation:
         predictions: torch.Tensor | np.ndarray,
         labels: torch.Tensor | np.ndarray,
         groups: torch.Tensor | np.ndarray | None = None,
+        units: torch.Tensor | np.ndarray | None = None,
     ) -> None:
         """Add a batch of rows; those whose label is NaN lie outside the address's space and are dropped.
 
         All (B,). groups are int64, or None in every call when there is no group column; regression does without them.
+        units, likewise: who is independent of the others, such as users, for standard errors (default: the groups).
         ValueError when a prediction is not a number, or for a binary address not a probability, in any row; and when
         a label is not of the address's kind.
         """
@@ -164,6 +168,10 @@ class Evaluation:
             keys = _to_numpy(groups)
             assert keys.shape == scores.shape and keys.dtype == np.int64, f"{address}: groups {keys.dtype} {keys.shape}"
             self._chunks[f"{address}/groups"].append(keys[in_space])
+        if units is None and kind not in GROUPED_KINDS:
+            units = groups
+        if units is not None:
+            self._chunks[f"{address}/units"].append(_to_numpy(units)[in_space])
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all rows as flat arrays: the same keys and dtypes on every worker, but not the same lengths."""
@@ -184,9 +192,34 @@ class Evaluation:
                 metrics[address] = _ranking(predictions, labels, groups)
             else:
                 metrics[address] = _regression(predictions, labels)
+            metrics[address]["mean_label"] = _ratio(_sum(labels), len(labels))
             metrics[address]["rows"] = len(labels)
             beat()
         return metrics
+
+    def draws(self, seed: int) -> dict[str, dict[str, np.ndarray]]:
+        """Bootstrap draws of each address's metrics, by bootstrap.draws; of evaluations of the same rows they are of
+        the same units.
+        """
+        state, found = self.state(), {}
+        for address, kind in self._kinds.items():
+            predictions, labels = state[f"{address}/predictions"], state[f"{address}/labels"]
+            found[address] = draws(predictions, labels, self._units(address), seed, binary=kind == "binary")
+            if kind == "ranking":
+                found[address].pop("log_calibration", None)  # scores have no unit
+            beat()
+        return found
+
+    def num_units(self) -> int:
+        """How many users (or what else the units are) have a row."""
+        return max(len(np.unique(self._units(address))) for address in self._kinds)
+
+    def _units(self, address: str) -> np.ndarray:
+        """Of each row; where neither units nor groups were given, the row is one."""
+        state = self.state()
+        units, groups = state[f"{address}/units"], state[f"{address}/groups"]
+        rows = len(state[f"{address}/labels"])
+        return units if len(units) == rows else groups if len(groups) == rows else np.arange(rows)
 
 
 def _binary(probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray, weighting: str) -> dict[str, float]:

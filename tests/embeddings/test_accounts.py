@@ -168,7 +168,8 @@ def test_the_top_share_is_that_of_the_most_frequent_hundredth_of_the_ids_with_a_
 
 def test_nothing_is_told_of_tables_that_nothing_happened_to(seen: list[list[Day]]) -> None:
     before, empty = seen[0][0].account, seen[0][-1].account["empty"]
-    assert set(empty) == {*COUNTS, "waiting", "rows", "free", "bytes", "repeats", "load", "imbalance", "top_share"}
+    stand = {"waiting", "seen", "waiting_seen", "rows", "free", "bytes"}
+    assert set(empty) == {*COUNTS, *stand, "repeats", "load", "imbalance", "top_share"}
     assert not any(empty.values()) and not any(value for told in before.values() for value in told.values())
 
 

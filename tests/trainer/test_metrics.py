@@ -311,12 +311,14 @@ def test_evaluation_reports_the_plain_functions_over_the_rows_of_each_space() ->
         "logloss": logloss(predictions, labels),
         "ne": normalized_entropy(predictions, labels),
         "calibration": calibration(predictions, labels),
+        "mean_label": labels.sum() / len(labels),
         "rows": len(labels),
     }
-    assert metrics["dwell@click"].keys() == {"mse", "mae", "xauc", "calibration", "rows"}
+    assert metrics["dwell@click"].keys() == {"mse", "mae", "xauc", "calibration", "mean_label", "rows"}
     scores, grades, lists = rows["interest@all"]
     list_ndcg, num_lists = ndcg(scores, grades, lists, 10)
     ranking = {"ndcg@10": list_ndcg, "lists": num_lists, "xauc": xauc(scores, grades, lists), "rows": 2_000}
+    ranking["mean_label"] = pytest.approx(float(grades.mean()))
     assert metrics["interest@all"] == ranking
     assert type(metrics["click@all"]["rows"]) is int and metrics["click@all"]["rows"] == 2_000
 
@@ -348,7 +350,7 @@ def test_a_ranking_without_groups_is_one_list_to_xauc_and_none_to_ndcg() -> None
     evaluation = Evaluation({"interest@all": "ranking"}, "equal")
     evaluation.add("interest@all", scores, grades)
     metrics = evaluation.compute()["interest@all"]
-    assert np.isnan(metrics.pop("ndcg@10"))
+    assert np.isnan(metrics.pop("ndcg@10")) and metrics.pop("mean_label") == pytest.approx(float(grades.mean()))
     assert metrics == {"lists": 0, "xauc": xauc(scores, grades), "rows": 500}  # oracle: the plain function
 
 
@@ -371,6 +373,7 @@ def test_tensors_of_any_float_type_count_like_float32_arrays(dtype: torch.dtype)
         "click@all/predictions": np.float32,
         "click@all/labels": np.int8,
         "click@all/groups": np.int64,
+        "click@all/units": np.int64,
     }
 
 
@@ -378,7 +381,7 @@ def test_a_state_has_the_same_keys_and_dtypes_with_rows_and_without() -> None:
     empty, filled = (Evaluation(ADDRESSES, "equal") for _ in range(2))
     add_day(filled, day_of_rows(200), np.arange(200))
     dtypes = [{key: value.dtype for key, value in evaluation.state().items()} for evaluation in (empty, filled)]
-    types = {"predictions": np.float32, "labels": np.float32, "groups": np.int64}
+    types = {"predictions": np.float32, "labels": np.float32, "groups": np.int64, "units": np.int64}
     expected = {f"{address}/{part}": np.dtype(of) for address in ADDRESSES for part, of in types.items()}
     expected |= {f"{address}/labels": np.dtype(np.int8) for address in ("click@all", "has_next@click")}
     assert dtypes == [expected, expected]  # by hand: what the workers' gather relies on
