@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from trainer.errors import UserError
+from trainer.errors import ClusterError, UserError
 from trainer.intervals import Interval
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -237,6 +237,10 @@ def _run(command: Callable[[], Any], as_json: bool) -> None:
         print(f"daybreak: {error}", file=sys.stderr)
         _finish(as_json, {"error": str(error)})
         sys.exit(2)
+    except ClusterError as error:
+        print(f"daybreak: {error}", file=sys.stderr)
+        _finish(as_json, {"error": str(error)})
+        sys.exit(1)
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ on from that.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -97,9 +98,8 @@ def run(job: Callable[[Worker], Any], config: Config, use_ray: bool, on_event: C
     """A job on the configured Ray workers, or as the only worker in this process; returns worker 0's result."""
     if not use_ray:
         return run_here(job, on_event)
-    return run_on_ray(
-        job, on_event, num_workers=config.train.workers_between[1], max_failures=config.nightly.max_failures
-    )
+    nightly, workers = config.nightly, config.train.workers_between
+    return run_on_ray(job, on_event, workers=workers, max_failures=nightly.max_failures, hang_s=nightly.hang_s)
 
 
 def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
@@ -113,6 +113,8 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
     for plan in plans:
         if newest and plan.interval <= newest:
             continue  # committed before the workers were started again
+        if worker.more_workers():
+            return  # and is called again, with them
         report = run_day(
             learner,
             logs,
@@ -123,6 +125,7 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
             score=newest is not None,
             progress=teller(worker, plan),
         )
+        worker.at(plan.interval.name, "commit", 0)
         checkpoints.save(learner, plan.interval, report)
         newest = plan.interval
         if worker.exchange.rank == 0:
@@ -130,11 +133,13 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
 
 
 def teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:
-    """Tells the driver how far worker 0 is, a few times a second at most."""
-    told = 0.0
+    """Tells the driver how far worker 0 is, a few times a second at most, and of every worker in which step it is."""
+    told, steps = 0.0, Counter[str]()
 
     def progress(phase: str, rows: int) -> None:
         nonlocal told
+        worker.at(plan.interval.name, phase, steps[phase])
+        steps[phase] += 1
         if worker.exchange.rank == 0 and time.monotonic() - told > _PROGRESS_EVERY_S:
             told = time.monotonic()
             event = {"event": "progress", "day": plan.interval.name, "phase": phase, "rows": min(rows, plan.num_rows)}

@@ -39,6 +39,8 @@ class Show:
             self._progress.update(self._task, description=description, completed=event["rows"], total=event["of"])
         elif event["event"] == "committed":
             self._console.print(day_line(event["report"]), highlight=False)
+        elif event["event"] in ("lost", "waiting"):
+            self._console.print(event["text"], highlight=False, markup=False)
 
     def __enter__(self) -> "Show":
         self._progress.start()

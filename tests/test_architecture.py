@@ -16,7 +16,7 @@ ORDER = {
     "trainer": "errors intervals storage ledger expressions gate config checks configfile pieces lanes data draws "
     "numbers features layers bodies encoders towers losses heads auxiliary model objective balance "
     "health learner counted step bootstrap metrics facts norms agree checkpoint predictions parts "
-    "serving pictures tracking day watch workers",
+    "serving pictures tracking day watch nodes workers",
     "tune": "space search fusion",
     "cluster": "simulate lock nightly predict export doctor tables cli",
 }
@@ -25,7 +25,7 @@ ORDER = {
 DOORS = {
     "fbgemm_gpu": {"embeddings/kernels.py"},
     "numba": {f"embeddings/{name}.py" for name in ("buckets", "dedupe", "idmap", "kernels", "tallies", "admission")},
-    "ray": {"trainer/workers.py"},
+    "ray": {"trainer/nodes.py", "trainer/workers.py"},
     "mlflow": {"trainer/tracking.py"},
     "optuna": {"tune/search.py"},
     "matplotlib": {"trainer/pictures.py"},

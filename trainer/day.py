@@ -109,6 +109,7 @@ def _score(
     mine, facts, done = [Evaluation(graph.addresses, gauc) for _ in learners], Facts(list(logs.schema.numbers)), 0
     for learner in learners[1:]:
         learner.embeddings.shard.begin_day(plan.interval.day.toordinal())
+    progress("score", 0)
     for batch in shares(learners[0], logs, plan, batch_size, lanes):
         units_B = batch.row_B if batch.users_B is None and batch.groups_B is None else batch.users_B
         for learner, evaluation in zip(learners, mine, strict=True):
@@ -156,6 +157,7 @@ def train_day(
     exchange, shard, schema = learner.exchange, learner.embeddings.shard, logs.schema
     batches = shares(learner, logs, plan, batch_size, lanes, learner.seed, counted.steps)
     counted.restore_statistics()
+    progress("train", plan.num_rows * counted.steps // plan.num_steps(batch_size))
     for batch in batches:
         counted.add_alike("losses", torch.stack(train_step(learner, batch, plan.interval.number)).double())
         if counted.first_day:

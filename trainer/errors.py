@@ -32,6 +32,12 @@ class UserError(Exception):
         return "\n  ".join(part for part in parts if part)
 
 
+class ClusterError(Exception):
+    """The cluster gave too little, or took away too much, for the job to be finished; nothing that a user wrote is
+    wrong, and the same command goes on later. The text tells what happened; exit code 1, without a traceback.
+    """
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt word: `did you mean 'x'?`, or all that is known."""
     known = list(known)

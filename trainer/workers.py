@@ -1,98 +1,111 @@
-"""Where a job runs: in this process, or on Ray Train workers. The only file that imports ray.
+"""Where a job runs: in this process, or on Ray Train workers.
 
 A job is a plain function of a Worker; nothing below it knows Ray. Workers tell the driver what happens through events
-(plain dicts), handed to on_event in the driver while the job runs. A killed worker makes Ray Train start the whole
-group again: the job must find by itself how far it had come.
+(plain dicts), handed to on_event in the driver while the job runs.
+
+On Ray a job runs in rounds. Each round is one Ray Train run of a fixed number of workers: as many as the cluster can
+give then. A worker or a node that is lost, or a worker that hangs, ends the round, and the next one begins at once with
+what is left: the job must find by itself how far it had come. A job that more workers are free for returns at the end
+of an interval, and the next round has them.
 """
 
+import contextlib
 import os
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
 from embeddings.exchange import Exchange, LocalExchange
 from embeddings.shared_memory import connect
-from trainer.errors import UserError
+from trainer.errors import ClusterError, UserError
+from trainer.nodes import (
+    HEALTH,
+    away_from_the_dead,
+    end,
+    free_workers,
+    needs_of_a_worker,
+    remove_reservations,
+    wait_for_workers,
+)
+from trainer.watch import TELL_EVERY_S, Place, Telling, Watchdog, WatchedExchange
 
 Event: TypeAlias = dict[str, Any]
 
-# Ray's defaults phone home and look at the workers every two seconds; a night shall do neither.
+# Ray's defaults phone home and look at the workers every two seconds; a night shall do neither. What it waits for when
+# workers are gone (a process group to shut down, resources that were there) is short: the round is lost anyway.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
     "RAY_worker_niceness": "0",  # at Ray's 15, anything else on the machine goes first
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _COLLECTIVE_TIMEOUT_S = 300
 _POLL_S = 0.2
+_WAIT_S = 900.0
+_END_S = 30.0
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What a job is given: its way to talk to the other workers, its device, and emit, which tells the driver
-    something.
+    """What a job is given.
+
+    exchange: its way to talk to the other workers. emit: tells the driver something. at(interval, phase, step): so many
+    steps of a phase ("score", "train", "commit") are done; who looks after the workers wants to know. more_workers:
+    whether more workers are free than there are; then the job must return, and is called again with more. Collective,
+    to be asked between intervals.
     """
 
     exchange: Exchange
     device: torch.device
     emit: Callable[[Event], None]
+    at: Callable[[str, str, int], None] = lambda interval, phase, step: None
+    more_workers: Callable[[], bool] = lambda: False
 
 
-def run_here(job: Callable[[Worker], Any], on_event: Callable[[Event], None]) -> Any:
+Job: TypeAlias = Callable[[Worker], Any]
+
+
+def run_here(job: Job, on_event: Callable[[Event], None]) -> Any:
     """Run a job as the only worker, in this process, without Ray."""
     return job(Worker(LocalExchange(), _device(), on_event))
 
 
 def run_on_ray(
-    job: Callable[[Worker], Any], on_event: Callable[[Event], None], *, num_workers: int, max_failures: int
+    job: Job,
+    on_event: Callable[[Event], None],
+    *,
+    workers: tuple[int, int],
+    max_failures: int,
+    hang_s: float = 60.0,
+    wait_s: float = _WAIT_S,
 ) -> Any:
-    """Run a job on num_workers Ray Train workers and return worker 0's result.
+    """Run a job on Ray Train workers, at least workers[0] and at most workers[1], and return worker 0's result.
 
-    Joins the cluster of RAY_ADDRESS, or starts a local one and stops it. A worker that is lost restarts the job, at
-    most max_failures times; a UserError in the job ends it at once, on all workers, and is raised here.
+    Joins the cluster of RAY_ADDRESS, or starts a local one and stops it. Lost workers end a round; after more than
+    max_failures of them, or when the cluster has too little for wait_s, a ClusterError tells what happened. A worker
+    without a sign of life for hang_s counts as lost (0: is waited for). A UserError in the job ends it at once, on all
+    workers, and is raised here. Events of its own: "lost" and "waiting", both with a text.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
-    import ray.train
-    import ray.train.torch
 
     ours = not ray.is_initialized()
     if ours:
-        _start(num_workers)
-    events = ray.remote(_Events).options(num_cpus=0).remote()
+        _start(workers[1])
     try:
-        with (
-            _Listener(lambda: ray.get(events.drain.remote()), on_event),
-            tempfile.TemporaryDirectory(prefix="daybreak-") as folder,
-        ):
-            gpus = bool(ray.cluster_resources().get("GPU"))
-            result = ray.train.torch.TorchTrainer(
-                _on_worker,
-                train_loop_config={"job": job, "events": events},
-                torch_config=ray.train.torch.TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
-                scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=gpus),
-                run_config=ray.train.RunConfig(
-                    name=uuid.uuid4().hex[:8],
-                    storage_path=folder,
-                    failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=20),
-                    logging_config=ray.train.LoggingConfig("ERROR"),
-                ),
-            ).fit()
+        return _rounds(job, on_event, workers, max_failures, hang_s, wait_s, ours)
     finally:
         if ours:
             ray.shutdown()
-    outcome: dict[str, Any] = result.return_value
-    if outcome["error"]:
-        raise UserError(outcome["error"])
-    return outcome["result"]
 
 
 def _start(num_workers: int) -> None:
@@ -107,7 +120,182 @@ def _start(num_workers: int) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
+        _system_config=HEALTH,
     )
+
+
+def _rounds(
+    job: Job,
+    on_event: Callable[[Event], None],
+    workers: tuple[int, int],
+    max_failures: int,
+    hang_s: float,
+    wait_s: float,
+    ours: bool,
+) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    (least, most), needs, lost = workers, needs_of_a_worker(), list[str]()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk = ray.remote(_Desk).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    desk = desk.remote(needs, most)
+    started = time.monotonic()
+    while True:
+        patience_s = wait_s - (time.monotonic() - started)
+        say = partial(_say, on_event, "waiting")
+        num_workers = wait_for_workers(least, most, needs, max(0.0, patience_s), say)
+        round_ = _Round(job, desk, num_workers, needs, hang_s)
+        ended = round_.run(on_event)
+        if isinstance(ended, dict) and ended["error"]:
+            raise UserError(ended["error"])
+        if isinstance(ended, dict) and not ended["again"]:
+            return ended["result"]
+        if round_.begun:
+            started = time.monotonic()
+        if isinstance(ended, str):
+            if ours and not os.environ.get("RAY_ADDRESS"):
+                remove_reservations()
+            if round_.begun:
+                lost.append(ended)
+                _check_failures(lost, max_failures)
+            elif time.monotonic() - started > wait_s:
+                raise ClusterError(f"workers do not start: {ended}")
+            _say(on_event, "lost", ended)
+
+
+def _check_failures(lost: list[str], max_failures: int) -> None:
+    if len(lost) > max_failures:
+        times = "once" if len(lost) == 1 else f"{len(lost)} times"
+        told = "\n".join(f"  {number}. {text}" for number, text in enumerate(lost, 1))
+        raise ClusterError(f"workers were lost {times}, and nightly.max_failures is {max_failures}\n{told}")
+
+
+def _say(on_event: Callable[[Event], None], what: str, text: str) -> None:
+    on_event({"event": what, "text": text})
+
+
+class _Round:
+    """One run of Ray Train on a fixed number of workers. begun: whether a worker began its job."""
+
+    def __init__(self, job: Job, desk: Any, num_workers: int, needs: dict[str, float], hang_s: float):
+        self._name = uuid.uuid4().hex[:8]
+        self._config = {"job": job, "desk": desk, "round": self._name}
+        self._desk, self._num_workers, self._needs = desk, num_workers, needs
+        self._hang_s = hang_s
+        self._hang = ""
+        self._ended: dict[str, Any] | str = ""
+        self._over = threading.Event()
+        self.begun = False
+
+    def run(self, on_event: Callable[[Event], None]) -> dict[str, Any] | str:
+        """The outcome of worker 0, or what happened to a round that is lost. Events are handed over in this thread, so
+        that what goes wrong there, or Ctrl-C, ends the round at once; Ray Train gets a thread of its own.
+        """
+        import ray
+
+        threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in (self._fit, self._watch)]
+        for thread in threads:
+            thread.start()
+        try:
+            while not self._over.wait(_POLL_S):
+                self._hand_over(on_event)
+            self._hand_over(on_event)
+            return self._ended
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):
+                places = ray.get(self._desk.places.remote(self._name))
+                self.begun = bool(places)
+                if isinstance(self._ended, str):  # also when it was left before its end: nobody goes on alone
+                    end(places)
+            for thread in threads:
+                thread.join(_END_S)
+
+    def _hand_over(self, on_event: Callable[[Event], None]) -> None:
+        import ray
+
+        for event in ray.get(self._desk.drain.remote()):
+            on_event(event)
+
+    def _fit(self) -> None:
+        import ray.train
+        import ray.train.torch
+
+        away = away_from_the_dead()
+        try:
+            result = ray.train.torch.TorchTrainer(
+                _on_worker,
+                train_loop_config=self._config,
+                torch_config=ray.train.torch.TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=self._num_workers,
+                    use_gpu="GPU" in self._needs,
+                    resources_per_worker=self._needs,
+                    label_selector=away,
+                ),
+                run_config=ray.train.RunConfig(
+                    name=self._name,
+                    storage_path=_scratch(),
+                    failure_config=ray.train.FailureConfig(
+                        max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                    ),
+                    logging_config=ray.train.LoggingConfig("CRITICAL"),
+                ),
+            ).fit()
+            self._ended = result.return_value
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the round is lost
+            self._ended = self._hang or self._what(error)
+        self._over.set()
+
+    def _what(self, error: BaseException) -> str:
+        """What happened to a round, in a line: who was lost where, and else who failed with what."""
+        import ray
+        import ray.exceptions
+
+        with contextlib.suppress(Exception):
+            places = {place.rank: place for place in ray.get(self._desk.places.remote(self._name))}
+            failures = getattr(error, "worker_failures", {})
+            died, failed = [], []
+            for rank, failure in failures.items():
+                cause = getattr(failure, "health_check_failure", failure)
+                who = places[rank].who if rank in places else f"worker {rank}"
+                where = f" {places[rank].where}" if rank in places else ""
+                if isinstance(cause, ray.exceptions.RayError):
+                    died.append(f"{who} was lost{where}: {_shortly(cause)}")
+                else:
+                    failed.append(f"{who} failed{where}: {_shortly(cause)}")
+            if died or failed:
+                return "; ".join(died or failed)
+        return _shortly(error)
+
+    def _watch(self) -> None:
+        """Look at the workers until the round is over; end who hangs."""
+        import ray
+
+        watchdog, looked = Watchdog(self._hang_s), time.monotonic()
+        while self._hang_s and not self._over.wait(TELL_EVERY_S):
+            with contextlib.suppress(ray.exceptions.RayError):  # the desk starts again by itself
+                places = ray.get(self._desk.places.remote(self._name, at_work=True))
+                now = time.monotonic()
+                hang = watchdog.look(places, now - looked)
+                looked = now
+                if hang and not self._hang:
+                    self._hang = hang.text
+                    end(hang.places)
+
+
+def _shortly(error: BaseException) -> str:
+    """The line of an error that says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = [line for line in lines if "Worker exit detail:" in line or "memory" in line.lower()]
+    return (details or lines[-1:] or [type(error).__name__])[0]
+
+
+def _scratch() -> str:
+    """Where Ray Train may write what nobody reads: beside Ray's own logs, which go with them."""
+    import ray._private.worker
+
+    return f"{ray._private.worker.global_worker.node.get_session_dir_path()}/daybreak"
 
 
 def _on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -115,70 +303,76 @@ def _on_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray
     import ray.train
 
+    context, desk, name = ray.train.get_context(), config["desk"], config["round"]
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
-    events = config["events"]
-    worker = Worker(connect(_device()), _device(), lambda event: events.put.remote(event))
-    try:
-        outcome = {"result": config["job"](worker), "error": None}
-    except UserError as error:
-        outcome = {"result": None, "error": str(error)}
-    ray.get(events.arrived.remote())  # calls arrive in order: what was told before is there
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    place = Place(context.get_world_rank(), ray.get_runtime_context().get_node_id())
+    with Telling(place, partial(_tell, desk, name)):
+        exchange = WatchedExchange(connect(_device()), place)
+        again = False
+
+        def more_workers() -> bool:
+            nonlocal again
+            free = place.rank == 0 and ray.get(desk.more.remote(exchange.num_workers))
+            again = bool(exchange.all_reduce(torch.tensor([float(free)])).item())
+            return again
+
+        worker = Worker(exchange, _device(), lambda event: desk.put.remote(event), place.at, more_workers)
+        try:
+            outcome = {"result": config["job"](worker), "error": None}
+        except UserError as error:
+            outcome = {"result": None, "error": str(error)}
+        outcome["again"] = again
+    ray.get(desk.leave.remote(name, place.rank))  # calls arrive in order: what was told before is there
     return outcome
+
+
+def _tell(desk: Any, name: str, place: Place) -> None:
+    """Tell the driver where a worker is. Without a driver nobody wants the work: end it, whatever it does."""
+    import ray
+
+    try:
+        ray.get(desk.tell.remote(name, place))
+    except ray.exceptions.ActorDiedError:
+        os._exit(1)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class _Events:
-    """An actor that holds events until the driver fetches them."""
+class _Desk:
+    """The driver's actor, on its node: holds events until the driver fetches them, and where each worker is."""
 
-    def __init__(self) -> None:
+    def __init__(self, needs: dict[str, float], most: int) -> None:
+        self._needs, self._most = needs, most
         self._events: list[Event] = []
+        self._places: dict[str, dict[int, Place]] = {}
+        self._left: set[tuple[str, int]] = set()
 
     def put(self, event: Event) -> None:
         self._events.append(event)
-
-    def arrived(self) -> None:
-        """Returns once everything that the caller put before is here."""
 
     def drain(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
+    def tell(self, name: str, place: Place) -> None:
+        """Where a worker of a round is."""
+        self._places.setdefault(name, {})[place.rank] = place
 
-class _Listener:
-    """Calls on_event for every event, in a thread, until the end of the with block; on_event's own error is raised
-    there.
-    """
+    def leave(self, name: str, rank: int) -> None:
+        """A worker's job is done; everything that it put before is here."""
+        self._left.add((name, rank))
 
-    def __init__(self, drain: Callable[[], list[Event]], on_event: Callable[[Event], None]):
-        self._drain, self._on_event = drain, on_event
-        self._ended = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._listen, name="events", daemon=True)
+    def places(self, name: str, at_work: bool = False) -> list[Place]:
+        """The workers of a round, or those whose job is not done, by rank."""
+        return [
+            place
+            for rank, place in sorted(self._places.get(name, {}).items())
+            if not (at_work and (name, rank) in self._left)
+        ]
 
-    def _listen(self) -> None:
-        try:
-            while not self._ended.is_set():
-                self._hand_over()
-                time.sleep(_POLL_S)
-        except BaseException as error:  # noqa: BLE001 - raised in the driver's own thread
-            self._error = error
-
-    def _hand_over(self) -> None:
-        for event in self._drain():
-            self._on_event(event)
-
-    def __enter__(self) -> "_Listener":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: Any) -> None:
-        self._ended.set()
-        self._thread.join()
-        if kind is None:
-            if self._error:
-                raise self._error
-            self._hand_over()
+    def more(self, num_workers: int) -> bool:
+        """Whether a further worker would fit beside these."""
+        return num_workers < self._most and free_workers(self._needs) > 0
