@@ -30,8 +30,8 @@ from embeddings.exchange import Exchange
 from embeddings.shard import TooManyRows
 from embeddings.snapshot import Layer, Part, Snapshot, load
 from trainer.agree import gather_json, together
-from trainer.data import parse_day
 from trainer.errors import UserError
+from trainer.folders import parse_day
 from trainer.intervals import Interval
 from trainer.learner import Learner
 from trainer.storage import fingerprint, list_folder, open_filesystem, without_credentials

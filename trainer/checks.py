@@ -4,12 +4,13 @@ circle, no label is a feature, numbers are within bounds. Each is a UserError wi
 
 import dataclasses
 import re
+import zoneinfo
 from collections.abc import Iterable, Mapping
 
 from embeddings.idmap import MAX_TABLES
 from embeddings.table import TableConfig
 from embeddings.tallies import IMPRESSIONS, SIGHTINGS
-from trainer.config import Config, FeatureConfig, PositionConfig, TaskConfig
+from trainer.config import Config, DataConfig, FeatureConfig, PositionConfig, TaskConfig
 from trainer.errors import CORRECT, UserError, nearest
 from trainer.expressions import parse
 
@@ -28,6 +29,20 @@ def check_all(config: Config, where: str) -> None:
     """Check all of it. where: the file."""
     _check_names(config, where)
     _check_numbers(config, where)
+    _check_hours(config.data, where)
+
+
+def _check_hours(data: DataConfig, where: str) -> None:
+    """The zone is one, and a column of times is there for hours."""
+    try:
+        zoneinfo.ZoneInfo(data.time_zone)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        do = nearest(data.time_zone, zoneinfo.available_timezones())
+        expected = "a zone such as UTC or America/Sao_Paulo"
+        raise UserError("no such time zone", f"{where}: data.time_zone", data.time_zone, expected, do) from None
+    if data.time and data.period != "hour":
+        got, do = f"period: {data.period}", "set data.period: hour, or drop data.time"
+        raise UserError("a column of times parts days into hours", f"{where}: data.time", got=got, do=do)
 
 
 def _known(name: str, known: Iterable[str], place: str, what: str) -> None:
@@ -233,6 +248,8 @@ def _check_numbers(config: Config, where: str) -> None:
     propensities = {name: task.propensity for name, task in config.tasks.items() if task.propensity}
     bounds: dict[str, tuple[float, float, float]] = {
         "data.lanes": (config.data.lanes, 1, 65_536),
+        "data.max_bad_rows": (config.data.max_bad_rows, 0, 1),
+        "data.label_delay_days": (config.data.label_delay_days, 0, 3650),
         **_workers_bounds(config),
         "nightly.max_failures": (config.nightly.max_failures, 0, 10**6),
         "nightly.hang_s": (config.nightly.hang_s, 0, 10**6),

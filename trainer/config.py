@@ -23,6 +23,11 @@ class DataConfig:
     weight: a column of sample weights. known: columns that are known when a row is scored, although labels are made
     with them (a video's length). lanes: parts in which a day is read side by side; at least as many as workers,
     the same for the life of a model.
+
+    period: what a night trains on: a day, or an hour: <day_column>=.../hour=HH, or the rows of a day by `time`, a
+    column of timestamps or milliseconds, as the clock of time_zone shows it. max_bad_rows: the share of malformed rows
+    and files that is set aside; 0: the first stops the night. label_delay_days: a day is trained when so many later
+    days are there, because its labels are complete only then.
     """
 
     path: str
@@ -34,6 +39,11 @@ class DataConfig:
     weight: str | None = None
     known: tuple[str, ...] = ()
     lanes: int = 24
+    period: Literal["day", "hour"] = "day"
+    time: str | None = None
+    time_zone: str = "UTC"
+    max_bad_rows: float = 0.0
+    label_delay_days: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,12 +224,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class NightlyConfig:
-    """missing_days: whether a gap in the days stops the night. max_failures: how often lost workers are replaced in
-    one call. hang_s: a worker that shows no sign of life for so long is named and replaced; 0: it is waited for.
+    """missing_days: whether a gap in the days stops the night. late: what to do about a day that is delivered again
+    after it was trained, or only after a later one was: tell of it, or train anew from it on. max_failures: how often
+    lost workers are replaced in one call. hang_s: a worker that shows no sign of life for so long is named and
+    replaced; 0: it is waited for.
     """
 
     gate: GateConfig = field(default_factory=GateConfig)
     missing_days: Literal["stop", "skip"] = "stop"
+    late: Literal["ignore", "retrain"] = "ignore"
     max_failures: int = 3
     hang_s: float = 60.0
 

@@ -11,7 +11,7 @@ group may be cut. What it costs: a worker holds one decoded row group a lane (fe
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -24,10 +24,18 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class RowGroup:
+    """The rows of a file's row group that an interval has: num_rows of them.
+
+    first_row: the place of the first of them in the interval. hour: the one whose rows they are, when the rows of a
+    row group are parted by hours. left_out: the places in the row group of rows that are set aside.
+    """
+
     path: str
     index: int
     num_rows: int
-    first_row: int  # place of its first row in the day
+    first_row: int
+    hour: Interval | None = None
+    left_out: NDArray[np.int64] | None = field(default=None, compare=False)
 
     @property
     def where(self) -> str:
@@ -36,11 +44,39 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
+class BadFile:
+    """A file that is set aside whole."""
+
+    path: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class BadRows:
+    """Rows of a row group that are set aside, by their places in it, for one reason."""
+
+    path: str
+    index: int
+    column: str
+    reason: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class DayPlan:
-    """An interval's row groups, in the order of their files. All footers were read and all columns checked."""
+    """An interval's row groups, in the order of their files. All footers were read and all columns checked.
+
+    delivery: what was delivered, by file: {"file", "bytes", "rows", "footer"}. notes: what is new in it, in words.
+    bad_files, bad_rows: what is set aside, and is not in the row groups.
+    """
 
     interval: Interval
     row_groups: tuple[RowGroup, ...]
+    delivery: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    bad_files: tuple[BadFile, ...] = ()
+    bad_rows: tuple[BadRows, ...] = ()
 
     @property
     def num_rows(self) -> int:

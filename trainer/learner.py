@@ -22,7 +22,7 @@ from trainer.auxiliary import AUXILIARIES, Auxiliary
 from trainer.balance import BALANCERS, Balancer
 from trainer.bodies import BODIES
 from trainer.config import Config, FeatureConfig, TaskConfig
-from trainer.data import Allowed, Batch, Logs, Schema
+from trainer.data import Batch, Logs
 from trainer.draws import Draws
 from trainer.encoders import ENCODERS
 from trainer.errors import UserError, nearest
@@ -34,6 +34,7 @@ from trainer.model import MultiTaskModel, PositionTower
 from trainer.numbers import NumberStats
 from trainer.objective import Term
 from trainer.pieces import Names, make
+from trainer.schema import Allowed, Schema
 from trainer.towers import Towers
 
 _PAYLOADS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -299,7 +300,16 @@ def open_logs(config: Config) -> Logs:
         user=config.data.user,
         keys=config.data.keys,
     )
-    return Logs(config.data.path, config.data.day_column, schema)
+    data = config.data
+    return Logs(
+        data.path,
+        data.day_column,
+        schema,
+        by_hour=data.period == "hour",
+        time=data.time,
+        time_zone=data.time_zone,
+        max_bad_rows=data.max_bad_rows,
+    )
 
 
 def fusion_powers(config: Config) -> dict[str, float]:

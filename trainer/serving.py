@@ -19,12 +19,13 @@ from torch import Tensor
 
 from embeddings.jagged import Jagged
 from embeddings.rowfile import RowFile, write_rows
-from trainer.data import Schema, as_table, decode
+from trainer.data import decode
 from trainer.errors import UserError
 from trainer.features import Inputs
 from trainer.learner import Learner
 from trainer.parts import ItemPart, UserPart, split
 from trainer.predictions import told
+from trainer.schema import Schema, as_table
 from trainer.storage import fingerprint, open_filesystem
 
 FORMAT = 1

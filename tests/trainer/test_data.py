@@ -21,10 +21,12 @@ import pytest
 import torch
 
 from embeddings.jagged import Jagged
-from trainer.data import Allowed, Batch, Logs, Schema, _ids
+from trainer.columns import _ids
+from trainer.data import Batch, Logs
 from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.lanes import DayPlan, RowGroup, prefetch
+from trainer.schema import Allowed, Schema
 
 DAY = datetime.date(2026, 11, 20)
 TODAY = Interval(DAY)
