@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embeddings.table import TableConfig
-from trainer.gate import GateConfig
+from trainer.usual import GateConfig
 
 
 @dataclass(frozen=True)
