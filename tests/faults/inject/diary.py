@@ -18,6 +18,11 @@ class Step(NamedTuple):
     day: int
     rows: bytes
 
+    @property
+    def size(self) -> int:
+        """Its bytes in the file."""
+        return _HEAD.size + len(self.rows)
+
 
 def record(time_s: float, phase: int, day: int, rows: bytes) -> bytes:
     """A step as it stands in the file."""
