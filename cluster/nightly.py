@@ -10,6 +10,7 @@ A day is trained when its manifest is there, and done when its decision is there
 on from that.
 """
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
+from trainer.agree import together
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config import Config, as_dict, flatten
 from trainer.data import DayPlan, Logs
@@ -24,12 +26,14 @@ from trainer.day import run_day
 from trainer.errors import UserError
 from trainer.gate import Decision, Past, judge, look_back
 from trainer.intervals import Interval
-from trainer.learner import build, check, open_logs
+from trainer.learner import Learner, build, check, open_logs
 from trainer.pictures import days_picture, gates_picture
+from trainer.saving import Saving
 from trainer.tracking import Tracking
 from trainer.workers import Event, Worker, run_here, run_on_ray
 
 _PROGRESS_EVERY_S = 0.25
+_LEARNT_BY = ("data", "features", "tables", "tasks", "model", "train")
 
 
 def nightly(
@@ -105,31 +109,47 @@ def run(job: Callable[[Worker], Any], config: Config, use_ray: bool, on_event: C
 def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
     """What each worker does: the days that are not committed yet, in order, from the newest checkpoint before them."""
     checkpoints, logs = open_checkpoints(config), open_logs(config)
-    learner = build(config, worker.exchange, worker.device)
-    latest = checkpoints.latest(before=plans[-1].interval.next())
-    if latest:
-        checkpoints.load(learner, latest)
-    newest = latest.interval if latest else None
+    committed = together(worker.exchange, checkpoints.intervals)
+    saving = saving_of(config, checkpoints, build(config, worker.exchange, worker.device))
     for plan in plans:
-        if newest and plan.interval <= newest:
+        if committed and plan.interval <= committed[-1]:
             continue  # committed before the workers were started again
         if worker.more_workers():
             return  # and is called again, with them
+        under_way = saving.begin(plan.interval, _about(config, plan))
         report = run_day(
-            learner,
+            saving.learner,
             logs,
             plan,
             batch_size=config.train.batch_size,
             lanes=config.data.lanes,
             gauc=config.data.gauc,
-            score=newest is not None,
+            score=saving.newest is not None,
             progress=teller(worker, plan),
+            under_way=under_way,
+            after_step=saving.after_step,
         )
         worker.at(plan.interval.name, "commit", 0)
-        checkpoints.save(learner, plan.interval, report)
-        newest = plan.interval
+        saving.commit(report, delivery=plan.delivery)
         if worker.exchange.rank == 0:
             worker.emit({"event": "committed", "day": plan.interval.name, "report": report})
+
+
+def saving_of(config: Config, checkpoints: Checkpoints, learner: Learner) -> Saving:
+    """How a configuration keeps a learner on the disk."""
+    settings = config.checkpoints
+    every_s = 60 * settings.progress_minutes or None
+    return Saving(checkpoints, learner, base_every=settings.base_every, every_s=every_s, retries=settings.retries)
+
+
+def _about(config: Config, plan: DayPlan) -> dict[str, Any]:
+    """What a snapshot within an interval is of: the rows, and all settings by which they are learnt. When any of it is
+    another, the interval begins anew.
+    """
+    learnt_by = {name: part for name, part in as_dict(config).items() if name in _LEARNT_BY}
+    learnt_by["train"] = {name: value for name, value in learnt_by["train"].items() if name != "workers"}
+    settings = hashlib.sha256(json.dumps(learnt_by, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {"settings": settings, "rows": plan.num_rows, "delivery": plan.delivery}
 
 
 def teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:

@@ -13,11 +13,11 @@ PACKAGES = ["embeddings", "trainer", "tune", "cluster"]
 ORDER = {
     "embeddings": "pulse table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
     "shard accounts client pooling freeze snapshot rowfile",
-    "trainer": "errors intervals storage ledger expressions usual sanity gate config checks configfile pieces "
-    "lanes schema columns hours files folders delivery drift plan data draws numbers features layers "
-    "bodies encoders towers losses heads auxiliary model objective balance health learner counted step "
-    "bootstrap metrics facts norms agree checkpoint predictions parts serving pictures tracking day "
-    "watch nodes workers",
+    "trainer": "errors intervals storage ledger expressions usual sanity gate config checks configfile pieces lanes "
+    "schema columns hours files folders delivery drift plan data draws numbers features layers bodies "
+    "encoders towers losses heads auxiliary model objective balance health learner counted dense step "
+    "bootstrap metrics facts norms agree checkpoint writing retention saving predictions parts serving "
+    "pictures tracking day watch nodes workers",
     "tune": "space search fusion",
     "cluster": "simulate lock nightly predict export doctor tables cli",
 }
@@ -33,7 +33,7 @@ DOORS = {
     "yaml": {"trainer/configfile.py"},
     "pydantic": {"trainer/configfile.py"},
     "typer": {"cluster/cli.py"},
-    "safetensors": {"trainer/checkpoint.py"},
+    "safetensors": {"trainer/dense.py"},
     "pyarrow": {
         "embeddings/snapshot.py",
         "embeddings/rowfile.py",

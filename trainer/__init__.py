@@ -2,7 +2,7 @@
 
 Reading order: errors, intervals, storage, ledger, expressions, usual, sanity, gate, config, checks, configfile,
 pieces, lanes, schema, columns, hours, files, folders, delivery, drift, plan, data, draws, numbers, features, layers,
-bodies, encoders, towers, losses, heads, auxiliary, model, objective, balance, health, learner, counted, step,
-bootstrap, metrics, facts, norms, agree, checkpoint, predictions, parts, serving, pictures, tracking, day, watch,
-nodes, workers.
+bodies, encoders, towers, losses, heads, auxiliary, model, objective, balance, health, learner, counted, dense, step,
+bootstrap, metrics, facts, norms, agree, checkpoint, writing, retention, saving, predictions, parts, serving, pictures,
+tracking, day, watch, nodes, workers.
 """

@@ -1,103 +1,131 @@
-"""A day's model on disk: shard files, then the manifest. What has no manifest does not exist.
+"""An interval's model on disk: files, then the manifest. What has no manifest does not exist.
 
     <path>/<model>/day=2026-11-20/manifest.json                                  written last: the commit
     <path>/<model>/day=2026-11-20/decision.json                                  promoted or held, and why
+    <path>/<model>/day=2026-11-20/progress.json                                  the newest snapshot of a day under way
     <path>/<model>/day=2026-11-20/<attempt>/rows/<table>/rows-0000-2047.parquet  by buckets: embeddings/snapshot.py
     <path>/<model>/day=2026-11-20/<attempt>/dense.safetensors                    dense net, optimizer, statistics
+    <path>/<model>/day=2026-11-20/<attempt>/counted-0.safetensors                what a worker had counted: counted.py
 
-Every attempt writes into a folder of its own, so one that was killed is never mixed with the next. Every file's size
-and SHA-256 stand in the manifest and are checked when it is read. Nothing read here can run code: Parquet, safetensors,
-JSON.
+A manifest names its layers, from a base (all rows) over deltas (what changed since the layer before, and who lost his
+row) to its own, with the size and the SHA-256 of every file: to read a model one needs no other manifest. The snapshots
+that were taken within a day are layers of the days after it, as long as no newer base stands for them.
+
+Every attempt writes into a folder of its own, so one that was killed is never mixed with the next. Files are checked
+when they are read. Nothing read here can run code: Parquet, safetensors, JSON.
 """
 
 import contextlib
 import hashlib
 import json
-import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.fs
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from embeddings.buckets import NUM_BUCKETS
-from embeddings.exchange import Exchange
 from embeddings.shard import TooManyRows
-from embeddings.snapshot import Layer, Part, Snapshot, load
-from trainer.agree import gather_json, together
+from embeddings.snapshot import Layer, Part, load
+from trainer.agree import together
+from trainer.counted import State, share
+from trainer.dense import UNDO, DamagedTensors, from_bytes, load_dense_state
 from trainer.errors import UserError
 from trainer.folders import parse_day
 from trainer.intervals import Interval
 from trainer.learner import Learner
-from trainer.storage import fingerprint, list_folder, open_filesystem, without_credentials
+from trainer.storage import Storage
 
-FORMAT = 1
-Result = TypeVar("Result")
-_ROWS = "rows"
+FORMAT = 2
+ROWS, DENSE, COUNTED = "rows", "dense.safetensors", "counted-{worker}.safetensors"
+MANIFEST, PROGRESS, DECISION = "manifest.json", "progress.json", "decision.json"
 _DAY, _HOUR = "day=", "hour="
-_UNDO = "undo the change of the configuration, or train under a new name"
+Result = TypeVar("Result")
+Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed interval. report: what happened on it (metrics, counts, seconds)."""
+    """What was committed of an interval, or a snapshot taken within it. folder: for people."""
 
     interval: Interval
     folder: str
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def report(self) -> dict[str, Any]:
+        """What happened in the interval: metrics, counts, seconds."""
         report: dict[str, Any] = self.manifest["report"]
         return report
 
     @property
     def id(self) -> str:
         """A hash of the manifest: of everything in the checkpoint."""
-        return _digest(self.manifest)[:16]
+        return digest(self.manifest)[:16]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """From the base to the newest delta: interval, attempt, files (name -> bytes, sha256, rows ...)."""
+        layers: list[dict[str, Any]] = self.manifest["layers"]
+        return layers
+
+    @property
+    def is_base(self) -> bool:
+        """It needs no layer but its own."""
+        return len(self.layers) == 1
+
+    def files(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every file that it needs, below the model's folder: name, bytes and sha256."""
+        for layer in self.layers:
+            for file, entry in layer["files"].items():
+                yield f"{folder_of(layer)}/{file}", entry
+        for file, entry in self.manifest["files"].items():
+            yield f"{folder_of(self.manifest)}/{file}", entry
 
 
 class Checkpoints:
     """The checkpoints of one model below one path, on any filesystem that pyarrow can open."""
 
     def __init__(self, path: str, model: str):
-        self._filesystem, root = open_filesystem(path)
-        self.path, self._root = f"{without_credentials(path).rstrip('/')}/{model}", f"{root}/{model}"
+        self.storage = Storage(path).within(model)
+        self.path = self.storage.path
 
     def intervals(self) -> list[Interval]:
         """The committed intervals, in order."""
-        days = [parse_day(name, f"{self.path}/{_DAY}{name}") for name in self._below(self._root, _DAY)]
-        found = [Interval(day) for day in days]
-        found += [Interval(i.day, int(hour)) for i in found for hour in self._below(self._folder(i), _HOUR)]
-        return sorted(i for i in found if self._exists(f"{self._folder(i)}/manifest.json"))
+        return [interval for interval in self.begun() if self.storage.exists(f"{interval.folder}/{MANIFEST}")]
+
+    def begun(self) -> list[Interval]:
+        """The intervals that have a folder, in order, committed or not."""
+        days = [Interval(parse_day(name, f"{self.path}/{_DAY}{name}")) for name in self._below("", _DAY)]
+        return sorted(days + [Interval(i.day, int(hour)) for i in days for hour in self._below(i.folder, _HOUR)])
 
     def _below(self, folder: str, prefix: str) -> list[str]:
         """The values of a folder's partitions."""
-        names = sorted(info.base_name for info in list_folder(self._filesystem, folder))
+        try:
+            names = self.storage.folders(folder)
+        except (OSError, pa.ArrowException) as error:
+            do = "check the path, the rights to read it and the network"
+            raise UserError("a folder cannot be listed", self.path, got=str(error), do=do) from None
         return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
     def open(self, interval: Interval) -> Checkpoint:
         """The manifest of a committed interval."""
-        path = f"{self._folder(interval)}/manifest.json"
-        if not self._exists(path):
+        name = f"{interval.folder}/{MANIFEST}"
+        if not self.storage.exists(name):
             got = ", ".join(map(str, self.intervals())) or "none"
             raise UserError(f"no checkpoint of {interval.words}", self.path, got=got, do="choose one of these")
+        return Checkpoint(interval, f"{self.path}/{interval.folder}", self._read_manifest(interval, name))
+
+    def _read_manifest(self, interval: Interval, name: str) -> Manifest:
+        path = f"{self.path}/{name}"
         try:
-            manifest = json.loads(self._read(path))
+            manifest = json.loads(self.storage.read(name))
         except (ValueError, OSError) as error:
-            raise UserError(
-                "the checkpoint's manifest cannot be read", path, got=str(error), do=_retrain(interval)
-            ) from None
-        if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
-            got, expected = "a text with another SHA-256", "the text that was written"
-            raise UserError(
-                "the checkpoint's manifest is damaged", path, got=got, expected=expected, do=_retrain(interval)
-            )
+            what = "the checkpoint's manifest cannot be read"
+            raise UserError(what, path, got=str(error), do=_again(interval)) from None
+        if not isinstance(manifest, dict) or manifest.pop("sha256", None) != digest(manifest):
+            what, got = "the checkpoint's manifest is damaged", "a text with another SHA-256"
+            raise UserError(what, path, got=got, expected="the text that was written", do=_again(interval))
         if manifest["format"] != FORMAT or manifest["num_buckets"] != NUM_BUCKETS:
             got, expected = (
                 f"format {manifest['format']}, {manifest['num_buckets']} buckets",
@@ -105,60 +133,70 @@ class Checkpoints:
             )
             do = "use the version of the program that wrote it, or train under a new name"
             raise UserError("a checkpoint of another version", path, got=got, expected=expected, do=do)
-        return Checkpoint(interval, self._folder(interval), manifest)
+        return manifest
 
     def latest(self, before: Interval | None = None) -> Checkpoint | None:
         """The newest committed interval, or the newest one before another."""
         found = [interval for interval in self.intervals() if before is None or interval < before]
         return self.open(found[-1]) if found else None
 
+    def progress(self, interval: Interval) -> Checkpoint | None:
+        """The newest snapshot within an interval that is not committed; None while there is none that can be read."""
+        name = f"{interval.folder}/{PROGRESS}"
+        if self.storage.exists(f"{interval.folder}/{MANIFEST}") or not self.storage.exists(name):
+            return None
+        with contextlib.suppress(UserError):
+            return Checkpoint(interval, f"{self.path}/{interval.folder}", self._read_manifest(interval, name))
+        return None
+
+    def write_manifest(self, interval: Interval, file: str, manifest: Manifest) -> None:
+        """Write a manifest (MANIFEST: this is the commit; PROGRESS) with its own SHA-256."""
+        content = json.dumps(manifest | {"sha256": digest(manifest)}, indent=1).encode()
+        self.storage.write(f"{interval.folder}/{file}", content)
+
     def decision(self, interval: Interval) -> dict[str, Any] | None:
         """What was decided about a committed interval, or None while nothing is."""
-        path = f"{self._folder(interval)}/decision.json"
+        name = f"{interval.folder}/{DECISION}"
         try:
-            return json.loads(self._read(path)) if self._exists(path) else None
+            return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
         except (ValueError, OSError) as error:
             do = "restore the file from a copy, or remove it: the next nightly decides anew"
-            raise UserError("the day's decision cannot be read", path, got=str(error), do=do) from None
+            what = "the day's decision cannot be read"
+            raise UserError(what, f"{self.path}/{name}", got=str(error), do=do) from None
 
     def decide(self, interval: Interval, decision: dict[str, Any]) -> None:
         """Write down what was decided about a committed interval."""
         content = json.dumps(decision, indent=1).encode()
-        self._stored(lambda: self._write_whole(f"{self._folder(interval)}/decision.json", content))
-
-    def save(self, learner: Learner, interval: Interval, report: dict[str, Any]) -> None:
-        """Write an interval and commit it. Collective; when a worker fails to write its part, all raise and nothing is
-        committed.
-        """
-        exchange = learner.exchange
-        attempt = self._attempt(learner)
-        folder = f"{self._folder(interval)}/{attempt}"
-        try:
-            files = together(exchange, lambda: self._stored(lambda: self._write_parts(learner, folder)))
-        except UserError:
-            self._give_up(exchange, folder)
-            raise
-        all_files = gather_json(exchange, files)
-        manifest = {
-            "format": FORMAT,
-            "num_buckets": NUM_BUCKETS,
-            "num_shards": exchange.num_workers,
-            "attempt": attempt,
-            "order": learner.order,
-            "tables": {name: {"dim": table.dim} for name, table in learner.embeddings.shard.tables.items()},
-            "files": {path: entry for part in all_files for path, entry in part.items()},
-            "report": report,
-        }
-        together(exchange, lambda: exchange.rank or self._stored(lambda: self._commit(interval, manifest)))
+        self.stored(lambda: self.storage.write(f"{interval.folder}/{DECISION}", content))
 
     def load(self, learner: Learner, checkpoint: Checkpoint) -> None:
-        """Fill a fresh learner from a checkpoint of any number of workers. Collective."""
-        together(learner.exchange, lambda: self._stored(lambda: self._read_parts(learner, checkpoint)))
-        learner.embeddings.shard.begin_day(
-            checkpoint.interval.day.toordinal()
-        )  # whoever must go is judged as of that day
+        """Fill a fresh learner from a checkpoint of any number of workers. Collective; when a worker cannot read its
+        part, all raise.
+        """
+        self.check(learner, checkpoint)
+        self.fill(learner, checkpoint)
+
+    def check(self, learner: Learner, checkpoint: Checkpoint) -> None:
+        """Whether a learner can be filled from it: it fits, and the files that this worker needs are those that were
+        written. UserError where not. Collective.
+        """
+        together(learner.exchange, lambda: self.stored(lambda: self._check(learner, checkpoint)))
+
+    def _check(self, learner: Learner, checkpoint: Checkpoint) -> None:
+        _check_fits(learner, checkpoint)
+        needed = {f"{layer.folder}/{part.path}" for layer in self._needed(learner, checkpoint) for part in layer.parts}
+        own = list(checkpoint.manifest["files"].values())
+        for name, entry in checkpoint.files():
+            if f"{self.storage.root}/{name}" in needed or entry in own:
+                self._check_file(checkpoint, name, entry)
+
+    def fill(self, learner: Learner, checkpoint: Checkpoint) -> None:
+        """Fill a fresh learner from files that were checked. Collective."""
+        shard = learner.embeddings.shard
+        together(learner.exchange, lambda: self.stored(lambda: self._fill(learner, checkpoint)))
+        shard.begin_day(checkpoint.interval.day.toordinal())  # whoever must go is judged as of that day
         try:
-            learner.embeddings.shard.fit()
+            shard.fit()
         except TooManyRows as error:
             got, expected = f"{error.rows} rows", f"at most {error.capacity_rows}, its capacity_rows"
             do = "raise capacity_rows, let it grow (grow: true), or evict (when_full: evict)"
@@ -166,100 +204,101 @@ class Checkpoints:
                 "a table holds more rows than it may", f"tables.{error.table}", got=got, expected=expected, do=do
             ) from None
 
-    def _folder(self, interval: Interval) -> str:
-        return f"{self._root}/{interval.folder}"
+    def _fill(self, learner: Learner, checkpoint: Checkpoint) -> None:
+        load(learner.embeddings.shard, self.storage.filesystem, self._needed(learner, checkpoint))
+        name = f"{folder_of(checkpoint.manifest)}/{DENSE}"
+        load_dense_state(learner, from_bytes(self.storage.read(name)), f"{self.path}/{name}")
 
-    def _exists(self, path: str) -> bool:
-        return bool(self._filesystem.get_file_info(path).type == pyarrow.fs.FileType.File)
+    def counted(self, learner: Learner, progress: Checkpoint) -> State:
+        """What a worker goes on counting from, after any number of workers took the snapshot. Collective."""
+        exchange, folder = learner.exchange, folder_of(progress.manifest)
 
-    def _attempt(self, learner: Learner) -> str:
-        """One name that all workers agree on: worker 0's random number, summed with everybody's zero."""
-        mine = uuid.uuid4().int >> 80 if learner.exchange.rank == 0 else 0
-        return f"{int(learner.exchange.all_reduce(torch.tensor([mine])).item()):012x}"
+        def read(worker: int) -> State:
+            return from_bytes(self.storage.read(f"{folder}/{COUNTED.format(worker=worker)}"))
 
-    def _write_parts(self, learner: Learner, folder: str) -> dict[str, dict[str, Any]]:
-        parts = Snapshot(learner.embeddings.shard, base=True).write(self._filesystem, f"{folder}/{_ROWS}")
-        files = {
-            f"{_ROWS}/{p.path}": fingerprint(self._filesystem, f"{folder}/{_ROWS}/{p.path}") | asdict(p) for p in parts
-        }
-        if learner.exchange.rank == 0:
-            self._filesystem.create_dir(folder, recursive=True)
-            path = f"{folder}/dense.safetensors"
-            self._write(path, safetensors.torch.save(_dense_state(learner)))
-            files["dense.safetensors"] = fingerprint(self._filesystem, path)
-        return files
+        def mine() -> State:
+            return share(read, progress.manifest["num_shards"], exchange.rank, exchange.num_workers)
 
-    def _commit(self, interval: Interval, manifest: dict[str, Any]) -> None:
-        manifest = manifest | {"sha256": _digest(manifest)}
-        self._write_whole(f"{self._folder(interval)}/manifest.json", json.dumps(manifest, indent=1).encode())
-        for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._folder(interval))):
-            if info.type == pyarrow.fs.FileType.Directory and info.base_name != manifest["attempt"]:
-                self._filesystem.delete_dir(info.path)  # what killed attempts left behind
+        return together(exchange, lambda: self.stored(mine))
 
-    def _give_up(self, exchange: Exchange, folder: str) -> None:
-        """Free the space of an attempt that failed, so that the next one has it."""
-        if exchange.rank == 0 and self._filesystem.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
-            with contextlib.suppress(OSError):
-                self._filesystem.delete_dir(folder)
+    def verify(self, checkpoint: Checkpoint) -> int:
+        """Read every file that a checkpoint needs, and say how many bytes they are. The first that is missing or
+        damaged is a UserError that names it.
+        """
+        size = 0
+        for name, entry in checkpoint.files():
+            self.stored(lambda name=name, entry=entry: self._check_file(checkpoint, name, entry))  # type: ignore[misc]
+            size += entry["bytes"]
+        return size
 
-    def _read_parts(self, learner: Learner, checkpoint: Checkpoint) -> None:
-        shard, manifest = learner.embeddings.shard, checkpoint.manifest
-        for what, names in learner.order.items():
-            if manifest["order"].get(what) != names:  # the dense net would take one for another
-                got, expected = ", ".join(names), ", ".join(manifest["order"].get(what, []))
-                raise UserError(f"the {what} changed, or their order", what, got=got, expected=expected, do=_UNDO)
-        for name, table in shard.tables.items():
-            known = manifest["tables"].get(name)
-            if known is None:
-                continue  # a table new in the configuration starts empty
-            if known["dim"] != table.dim:
-                got, expected = f"dim {table.dim}", f"dim {known['dim']}"
-                raise UserError("the table's width changed", f"tables.{name}", got=got, expected=expected, do=_UNDO)
-        saved = Layer("", [_part(entry) for file, entry in manifest["files"].items() if file.startswith(_ROWS)])
-        needed = Layer(f"{checkpoint.folder}/{manifest['attempt']}/{_ROWS}", saved.overlapping(shard.buckets))
-        for part in needed.parts:
-            self._verified(checkpoint, f"{_ROWS}/{part.path}")
-        load(shard, self._filesystem, [needed])
-        path = self._verified(checkpoint, "dense.safetensors")
-        _load_dense_state(learner, safetensors.torch.load(self._read(path)), path)
+    def _needed(self, learner: Learner, checkpoint: Checkpoint) -> list[Layer]:
+        """The layers, with the files that overlap this worker's buckets."""
+        layers, buckets = [], learner.embeddings.shard.buckets
+        for layer in checkpoint.layers:
+            parts = [_part(entry) for entry in layer["files"].values()]
+            folder = f"{self.storage.root}/{folder_of(layer)}/{ROWS}"
+            layers.append(Layer(folder, Layer(folder, parts).overlapping(buckets)))
+        return layers
 
-    def _verified(self, checkpoint: Checkpoint, file: str) -> str:
-        """The path of a file whose bytes are those that were written."""
-        path = f"{checkpoint.folder}/{checkpoint.manifest['attempt']}/{file}"
-        want = checkpoint.manifest["files"][file]
-        if not self._exists(path):
-            raise UserError("a checkpoint file is missing", path, do=_retrain(checkpoint.interval))
-        got = fingerprint(self._filesystem, path)
+    def _check_file(self, checkpoint: Checkpoint, name: str, want: dict[str, Any]) -> None:
+        """A file's bytes are those that were written."""
+        path, do = f"{self.path}/{name}", _again(checkpoint.interval)
+        if not self.storage.exists(name):
+            raise UserError("a checkpoint file is missing", path, do=do)
+        got = self.storage.fingerprint(name)
         if any(got[key] != want[key] for key in got):
-            raise UserError(
-                "a checkpoint file is damaged",
-                path,
-                got=f"{got['bytes']} bytes, SHA-256 {got['sha256'][:12]}...",
-                expected=f"{want['bytes']} bytes, SHA-256 {want['sha256'][:12]}...",
-                do=_retrain(checkpoint.interval),
-            )
-        return path
+            said, expected = (f"{of['bytes']} bytes, SHA-256 {of['sha256'][:12]}..." for of in (got, want))
+            raise UserError("a checkpoint file is damaged", path, got=said, expected=expected, do=do)
 
-    def _read(self, path: str) -> bytes:
-        with self._filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read())
-
-    def _write(self, path: str, content: bytes) -> None:
-        with self._filesystem.open_output_stream(path) as stream:
-            stream.write(content)
-
-    def _write_whole(self, path: str, content: bytes) -> None:
-        """All of the content or none of it: under another name first, then moved into place."""
-        self._write(f"{path}.tmp", content)
-        self._filesystem.move(f"{path}.tmp", path)
-
-    def _stored(self, work: Callable[[], Result]) -> Result:
+    def stored(self, work: Callable[[], Result]) -> Result:
         """What the work returns; trouble with disk or files is raised as an error that a user can mend."""
         try:
             return work()
-        except (OSError, pa.ArrowException, safetensors.SafetensorError) as error:
+        except (OSError, pa.ArrowException, DamagedTensors) as error:
             do = "free space or mend the storage, then run the same command again: the day before is untouched"
             raise UserError("a checkpoint cannot be written or read", self.path, got=str(error), do=do) from None
+
+
+def folder_of(layer: dict[str, Any]) -> str:
+    """Where a layer, or a manifest's own files, lie below the model's folder."""
+    return f"{Interval.parse(layer['interval'], 'a manifest').folder}/{layer['attempt']}"
+
+
+def tables_of(learner: Learner) -> dict[str, dict[str, Any]]:
+    """What the files of each table hold. Layers of one chain agree in it."""
+    shard = learner.embeddings.shard
+    return {
+        name: {
+            "dim": table.dim,
+            "dtype": table.dtype,
+            "columns": [*shard.pool_of(name).optimizer.states, *shard.ledger.columns(shard.number[name])],
+        }
+        for name, table in shard.tables.items()
+    }
+
+
+def digest(manifest: Manifest) -> str:
+    """A manifest's SHA-256."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(content: bytes) -> dict[str, Any]:
+    """A file's size and SHA-256, of what is to be written."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _check_fits(learner: Learner, checkpoint: Checkpoint) -> None:
+    """The configuration is one that the files of a checkpoint fit."""
+    manifest = checkpoint.manifest
+    for what, names in learner.order.items():
+        if manifest["order"].get(what) != names:  # the dense net would take one for another
+            got, expected = ", ".join(names), ", ".join(manifest["order"].get(what, []))
+            raise UserError(f"the {what} changed, or their order", what, got=got, expected=expected, do=UNDO)
+    for name, table in learner.embeddings.shard.tables.items():
+        known = manifest["tables"].get(name)  # a table new in the configuration starts empty
+        if known is not None and known["dim"] != table.dim:
+            got, expected = f"dim {table.dim}", f"dim {known['dim']}"
+            raise UserError("the table's width changed", f"tables.{name}", got=got, expected=expected, do=UNDO)
 
 
 def _part(entry: dict[str, Any]) -> Part:
@@ -267,57 +306,5 @@ def _part(entry: dict[str, Any]) -> Part:
     return Part(entry["path"], entry["table"], entry["kind"], (first, end), entry["rows"])
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _retrain(interval: Interval) -> str:
-    return f"restore the file from a copy, or remove the folder {interval.folder} and run again: it is trained anew"
-
-
-def _dense_state(learner: Learner) -> dict[str, Tensor]:
-    """All that is dense, its optimizer and the statistics as named tensors."""
-    state = {
-        f"{part}/{name}": v for part, module in _modules(learner).items() for name, v in module.state_dict().items()
-    }
-    for name, parameter in learner.named_parameters().items():
-        for key, value in learner.optimizer.state[parameter].items():
-            state[f"optimizer/{name}/{key}"] = value
-    state |= {f"numbers/{name}": value for name, value in learner.stats.state().items()}
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
-
-
-def _modules(learner: Learner) -> dict[str, torch.nn.Module]:
-    return {
-        "model": learner.model,
-        "averaged": learner.averaged,
-        "auxiliary": learner.auxiliary,
-        "balance": learner.balance,
-        "losses": torch.nn.ModuleList(task.loss for task in learner.graph.tasks.values()),
-    }
-
-
-def _load_dense_state(learner: Learner, state: dict[str, Tensor], where: str) -> None:
-    modules = _modules(learner)
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*modules, "optimizer", "numbers")}
-    for name, value in state.items():
-        part, _, rest = name.partition("/")
-        parts[part][rest] = value
-    for part, module in modules.items():
-        mine = {f"{part}/{name}": tuple(value.shape) for name, value in module.state_dict().items()}
-        theirs = {f"{part}/{name}": tuple(value.shape) for name, value in parts[part].items()}
-        if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
-            got, expected = (f"{differing[0]} {_shape(shapes.get(differing[0]))}" for shapes in (mine, theirs))
-            what = "the dense net of the configuration is not the one that was trained"
-            raise UserError(what, where, got=got, expected=expected, do=_UNDO)
-        module.load_state_dict(parts[part])
-    for name, parameter in learner.named_parameters().items():
-        of_parameter = {k.rpartition("/")[2]: v for k, v in parts["optimizer"].items() if k.rpartition("/")[0] == name}
-        learner.optimizer.state[parameter] = {
-            k: v.to(v.device if k == "step" else learner.device) for k, v in of_parameter.items()
-        }
-    learner.stats.load({name: value.to(learner.device) for name, value in parts["numbers"].items()})
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else f"of shape {list(shape)}"
+def _again(interval: Interval) -> str:
+    return f"restore the file from a copy, or train again from there: nightly --again {interval}"

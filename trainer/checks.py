@@ -242,6 +242,12 @@ def _workers_bounds(config: Config) -> dict[str, tuple[float, float, float]]:
     return {"train.workers.max": (most, 1, config.data.lanes), "train.workers.min": (least, 1, most)}
 
 
+def _of_checkpoints(config: Config) -> dict[str, tuple[float, float]]:
+    """Each setting's value and the lowest that it may be."""
+    lowest = {"base_every": 1, "progress_minutes": 0, "retries": 0, "keep_days": 1, "keep_bases": 0}
+    return {name: (getattr(config.checkpoints, name), low) for name, low in lowest.items()}
+
+
 def _check_numbers(config: Config, where: str) -> None:
     """Bounds that types do not say."""
     rows = {name: v for name, v in dataclasses.asdict(config.train.rows).items() if name != "optimizer"}
@@ -253,6 +259,7 @@ def _check_numbers(config: Config, where: str) -> None:
         **_workers_bounds(config),
         "nightly.max_failures": (config.nightly.max_failures, 0, 10**6),
         "nightly.hang_s": (config.nightly.hang_s, 0, 10**6),
+        **{f"checkpoints.{name}": (value, low, 10**6) for name, (value, low) in _of_checkpoints(config).items()},
         "train.batch_size": (config.train.batch_size, config.data.lanes, 2**31),
         "train.dense.average": (config.train.dense.average, 0, 1),
         **{f"tasks.{n}.scale": (t.scale, 1e-12, 1e12) for n, t in config.tasks.items()},

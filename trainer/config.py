@@ -260,7 +260,17 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class CheckpointsConfig:
+    """base_every: every so many intervals all rows are written, in between only what changed. progress_minutes: between
+    snapshots within an interval; 0: there are none. retries: how often a commit that fails is tried again. keep_days:
+    checkpoints of older days are removed, but for the newest keep_bases bases among them and the champion.
+    """
+
     path: str = "checkpoints"
+    base_every: int = 7
+    progress_minutes: float = 10.0
+    retries: int = 3
+    keep_days: int = 30
+    keep_bases: int = 4
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ of a day adds it here by a name of its own; it is then kept by every snapshot wi
 Shape letters: N losses, T tables, S statistics.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,17 +21,26 @@ State = dict[str, Tensor]
 
 class Counted:
     """The counts of one day's training; begins at nothing. steps: how many were made: where the data are gone on with.
-    first_day: whether the model had learnt nothing before this day. seconds: of training before it was gone on with.
+    first_day: whether the model had learnt nothing before this day.
     """
 
     def __init__(self, learner: Learner):
         self._learner = learner
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
         self.first_day = int(learner.averaged.n_averaged) == 0
         self.own: State = {}
         self.alike: State = {}
         self._statistics: State = {}
         learner.health.reset()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, earlier tries included."""
+        return self._seconds + time.perf_counter() - self._since
+
+    def start_clock(self) -> None:
+        """Training begins now, or goes on."""
+        self._since = time.perf_counter()
 
     def add(self, name: str, values: Tensor) -> None:
         """Add to a sum of which every worker has its own part. All workers add to the same names."""
@@ -53,20 +63,11 @@ class Counted:
         state |= {f"own/health {name}": values for name, values in health.sums.items()}
         return {name: values.cpu().clone() for name, values in state.items()}
 
-    def load(self, parts: Sequence[State]) -> None:
-        """Go on from the states of all workers that wrote them: each gets its own back; another number of workers finds
-        their sum on worker 0.
-        """
-        learner, exchange = self._learner, self._learner.exchange
-        own, alike = _of(parts[0], "own/"), _of(parts[0], "alike/")
-        if len(parts) == exchange.num_workers:
-            own = _of(parts[exchange.rank], "own/")
-        else:
-            everyone = [_of(part, "own/") for part in parts]
-            own = {name: torch.stack([of[name] for of in everyone]).sum(0) for name in own}
-            own = own if exchange.rank == 0 else {name: torch.zeros_like(values) for name, values in own.items()}
+    def load(self, state: State) -> None:
+        """Go on from a state that was written down: see share."""
+        learner, own, alike = self._learner, _of(state, "own/"), _of(state, "alike/")
         self.steps, first_day = alike["made"].tolist()
-        self.first_day, self.seconds = bool(first_day), float(alike["seconds"])
+        self.first_day, self._seconds = bool(first_day), float(alike["seconds"])
         self.own, self.alike, self._statistics = _of(own, "of "), _of(alike, "of "), _of(alike, "statistics ")
         learner.embeddings.shard.counts = {name: values.numpy() for name, values in _of(own, "ids ").items()}
         learner.health.load(
@@ -80,6 +81,20 @@ class Counted:
         """
         overall_S = self._learner.embeddings.shard.overall_S
         overall_S |= {name: values.numpy() for name, values in self._statistics.items()}
+
+
+def share(read: Callable[[int], State], written_by: int, rank: int, num_workers: int) -> State:
+    """What a worker goes on from, when so many workers wrote down their states: its own, bit for bit; when their number
+    was another, worker 0 has everybody's sums and the others begin at zero. read: a worker's state.
+    """
+    if written_by == num_workers:
+        return read(rank)
+    states = [read(worker) for worker in range(written_by if rank == 0 else 1)]
+    found = dict(states[0])
+    for name in (name for name in found if name.startswith("own/")):
+        total = torch.stack([state[name] for state in states]).sum(0)
+        found[name] = total if rank == 0 else torch.zeros_like(total)
+    return found
 
 
 def _of(state: State, prefix: str) -> State:

@@ -23,6 +23,7 @@ from trainer.heads import TaskGraph
 from trainer.learner import Learner
 from trainer.metrics import Evaluation
 from trainer.norms import norms
+from trainer.saving import UnderWay
 from trainer.step import score_step, train_step
 
 Progress: TypeAlias = Callable[
@@ -200,25 +201,34 @@ def run_day(
     score: bool,
     progress: Progress,
     rival: tuple[str, Learner] | None = None,
+    under_way: UnderWay | None = None,
+    after_step: AfterStep = lambda counted: None,
 ) -> dict[str, Any]:
     """Score (when there is a model of the day before; and the champion, when that is another), then train. Returns the
-    day's report; only worker 0's has the metrics.
+    day's report; only worker 0's has the metrics. under_way: how far an earlier try came; what is scored now is entered
+    there.
     """
-    learner.embeddings.shard.reset_counts()
-    start = time.perf_counter()
-    rate = rate_day(learner, logs, plan, batch_size, lanes, gauc, progress, rival) if score else {"metrics": {}}
-    trained_from = time.perf_counter()
-    trained = train_day(learner, logs, plan, batch_size, lanes, progress, Counted(learner))
-    end = time.perf_counter()
+    under_way, counted = under_way or UnderWay(), Counted(learner)
+    if under_way.counted is not None:
+        counted.load(under_way.counted)
+    if under_way.scored is None:
+        learner.embeddings.shard.reset_counts()
+        start = time.perf_counter()
+        rate = rate_day(learner, logs, plan, batch_size, lanes, gauc, progress, rival) if score else {"metrics": {}}
+        under_way.scored = {"rate": rate, "seconds": time.perf_counter() - start}
+    rate, score_seconds = under_way.scored.get("rate", {"metrics": {}}), under_way.scored.get("seconds", 0.0)
+    counted.start_clock()
+    trained = train_day(learner, logs, plan, batch_size, lanes, progress, counted, after_step)
+    train_seconds = counted.seconds
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = learner.exchange.all_reduce(torch.tensor([float(peak_bytes)], dtype=torch.float64))
     return {
         "day": plan.interval.name,
         "rows": plan.num_rows,
-        "seconds": round(end - start, 3),
-        "score_seconds": round(trained_from - start, 3),
-        "train_seconds": round(end - trained_from, 3),
-        "samples_per_s": round(plan.num_rows / (end - trained_from), 1),
+        "seconds": round(score_seconds + train_seconds, 3),
+        "score_seconds": round(score_seconds, 3),
+        "train_seconds": round(train_seconds, 3),
+        "samples_per_s": round(plan.num_rows / train_seconds, 1),
         "workers": learner.exchange.num_workers,
         "memory_bytes": int(memory.item()),
         **rate,

@@ -23,6 +23,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.fs
 
+from embeddings.pulse import beat
 from trainer.errors import UserError
 
 _OBJECT_STORES = {"s3", "gcs", "abfs"}  # a file is there when it was put whole, and not before
@@ -236,6 +237,7 @@ def fingerprint(filesystem: pyarrow.fs.FileSystem, path: str) -> dict[str, Any]:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            beat()
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -157,7 +157,7 @@ def nothing(case: Path) -> None:
 PART = f"{SECOND}/part-0.parquet"
 ROW = "part-0.parquet, row group 0, column '{}', row 7: "
 REEXPORT = "-> re-export the day, or correct the configuration"
-RESTORE = "-> restore the file from a copy, or remove the folder day=2026-11-01 and run again"
+RESTORE = "-> restore the file from a copy, or train again from there: nightly --again 2026-11-01"
 DAMAGED = ("a checkpoint file is damaged", "got", "SHA-256", "expected", "SHA-256", RESTORE)
 
 CASES: dict[str, tuple[Spoil, tuple[str, ...], tuple[str, ...]]] = {

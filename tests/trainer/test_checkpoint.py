@@ -27,12 +27,14 @@ from small_disk import fill, small_disk
 from torch import Tensor
 
 import trainer.checkpoint
+import trainer.saving
 from embeddings.exchange import CollectiveExchange, Exchange, LocalExchange
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.learner import Learner, build, open_logs
+from trainer.saving import Saving
 from trainer.step import train_step
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # no arithmetic goes wrong on the way
@@ -79,6 +81,13 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs), name
 
 
+def save(store: Checkpoints, learner: Learner, interval: Interval, report: dict[str, Any]) -> None:
+    """Commit an interval of a model that builds on nothing: a base. A storage that refuses is not asked twice."""
+    saving = Saving(store, learner, retries=0, fresh=False)
+    saving.begin(interval)
+    saving.commit(report)
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -105,7 +114,7 @@ def learner(config: Config) -> Learner:
 @pytest.fixture
 def folder(store: Checkpoints, learner: Learner) -> Path:
     """The day's folder, committed."""
-    store.save(learner, DAY, REPORT)
+    save(store, learner, DAY, REPORT)
     return Path(store.path, f"day={DAY}")
 
 
@@ -153,7 +162,7 @@ def test_who_waits_sketches_default_rows_values_and_statistics_come_back_and_cou
     learner = build(config, LocalExchange())
     train(learner, config, 0, 2)
     learner.embeddings.shard.end_day()
-    store.save(learner, DAY, REPORT)
+    save(store, learner, DAY, REPORT)
     expected, found = rows(learner), loaded(store, config)
     assert_same(rows(found), expected)
     assert min(expected[name].size for name in ("item waiting key", "item rows key", "user rows key")) > 8
@@ -175,7 +184,7 @@ def test_a_day_is_its_report_its_decision_and_an_identity_of_its_content(
     assert store.decision(DAY) is None
     store.decide(DAY, {"state": "held", "reason": "why"})
     assert store.decision(DAY) == {"state": "held", "reason": "why"} and store.open(DAY).id == first.id
-    store.save(learner, NEXT, REPORT)
+    save(store, learner, NEXT, REPORT)
     assert store.intervals() == [DAY, NEXT] and store.open(NEXT).id != first.id
     newest = [store.latest(), store.latest(before=NEXT), store.latest(before=DAY)]
     assert [found and found.interval for found in newest] == [NEXT, DAY, None]
@@ -185,10 +194,11 @@ def test_the_manifest_holds_the_size_and_hash_of_every_file(store: Checkpoints, 
     manifest = store.open(DAY).manifest
     attempt = folder / manifest["attempt"]
     files = {path.relative_to(attempt).as_posix(): path.read_bytes() for path in attempt.rglob("*") if path.is_file()}
-    assert files.keys() == manifest["files"].keys()
+    entries = manifest["layers"][0]["files"] | manifest["files"]
+    assert files.keys() == entries.keys() and len(manifest["layers"]) == 1
     assert {Path(name).suffix for name in files} == {".parquet", ".safetensors"}, "nothing that could run code"
     for name, content in files.items():
-        entry = manifest["files"][name]
+        entry = entries[name]
         assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -198,10 +208,10 @@ def test_the_manifest_says_of_which_table_buckets_and_how_many_rows_a_file_is(
     config = small_config(*OPTIONS)
     learner = build(config, LocalExchange())
     train(learner, config, 0, 2)
-    store.save(learner, DAY, REPORT)
+    save(store, learner, DAY, REPORT)
     manifest = store.open(DAY).manifest
     attempt = Path(store.path, f"day={DAY}", manifest["attempt"])
-    files = {file: entry for file, entry in manifest["files"].items() if file != "dense.safetensors"}
+    files = manifest["layers"][0]["files"]
     for file, entry in files.items():
         assert file == f"rows/{entry['path']}" == f"rows/{entry['table']}/{entry['kind']}-0000-4095.parquet"
         assert entry["buckets"] == [0, 4096] and entry["rows"] == pq.read_metadata(attempt / file).num_rows
@@ -253,18 +263,18 @@ def test_killed_attempts_are_never_read_and_the_next_commit_removes_them(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "_commit", killed)  # all files are written, the manifest is not
-        store.save(build(config, LocalExchange()), DAY, REPORT)
+        patch.setattr(store, "write_manifest", killed)  # all files are written, the manifest is not
+        save(store, build(config, LocalExchange()), DAY, REPORT)
     folder = Path(store.path, f"day={DAY}")
     assert store.intervals() == [] and len(list(folder.iterdir())) == 1
-    store.save(learner, DAY, REPORT)
+    save(store, learner, DAY, REPORT)
     assert {path.name for path in folder.iterdir()} == {"manifest.json", store.open(DAY).manifest["attempt"]}
     assert_same(dense(loaded(store, config)), dense(learner))
 
 
 def test_a_day_saved_again_is_the_later_one(store: Checkpoints, config: Config, learner: Learner, folder: Path) -> None:
     train(learner, config, 3, 1)
-    store.save(learner, DAY, REPORT)
+    save(store, learner, DAY, REPORT)
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
     assert_same(rows(loaded(store, config)), rows(learner))
 
@@ -281,7 +291,7 @@ def test_a_flipped_bit_is_told_with_the_file(
     flip(path, int(place * path.stat().st_size))
     text = refusal(store, config)
     assert text.startswith(f"{path}: a checkpoint file is damaged\n  got {path.stat().st_size} bytes, SHA-256 ")
-    assert f"-> restore the file from a copy, or remove the folder day={DAY} and run again" in text
+    assert f"-> restore the file from a copy, or train again from there: nightly --again {DAY}" in text
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_told_with_the_file(store: Checkpoints, folder: Path) -> None:
@@ -317,7 +327,7 @@ def test_a_checkpoint_of_another_format_is_told(
     store: Checkpoints, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer.checkpoint, "FORMAT", 7)
-    with pytest.raises(UserError, match="(?s)manifest.json: a checkpoint of another version.*got format 1.*format 7"):
+    with pytest.raises(UserError, match="(?s)manifest.json: a checkpoint of another version.*got format 2.*format 7"):
         store.open(DAY)
 
 
@@ -375,7 +385,7 @@ def trained(config: Config, store: Checkpoints) -> dict[str, np.ndarray]:
     learner = build(config, LocalExchange())
     train(learner, config, 0, 2)
     train(learner, config, 0, 1, NEXT)
-    store.save(learner, NEXT, REPORT)
+    save(store, learner, NEXT, REPORT)
     return rows(learner)
 
 
@@ -479,12 +489,12 @@ def test_a_full_disk_commits_nothing_and_leaves_the_day_before_and_the_space_as_
 ) -> None:
     with small_disk(tmp_path / "disk", size_kib=1024) as disk:
         store = Checkpoints(str(disk), config.name)
-        store.save(learner, DAY, REPORT)
+        save(store, learner, DAY, REPORT)
         expected = dense(learner) | rows(learner)
         train(learner, config, 3, 1)
         filler = fill(disk, leave_kib)
         with pytest.raises(UserError, match=f"(?s)^{disk}.*No space left on device.*-> free space.*is untouched"):
-            store.save(learner, NEXT, REPORT)
+            save(store, learner, NEXT, REPORT)
         assert store.intervals() == [DAY] and shutil.disk_usage(disk).free == leave_kib * 1024
         found = loaded(store, config)
         assert_same(dense(found) | rows(found), expected)
@@ -493,7 +503,7 @@ def test_a_full_disk_commits_nothing_and_leaves_the_day_before_and_the_space_as_
             store.decide(DAY, {"state": "promoted"})
         assert store.decision(DAY) is None
         filler.unlink()
-        store.save(learner, NEXT, REPORT)
+        save(store, learner, NEXT, REPORT)
         assert_same(rows(loaded(store, config, NEXT)), rows(learner))
 
 
@@ -537,21 +547,25 @@ def save_by_two(exchange: Exchange, config: Config) -> dict[str, Any]:
     """Save a day; then fail to write and to read on one worker only."""
     store, learner = Checkpoints(config.checkpoints.path, config.name), build(config, exchange)
     train(learner, config, 0, 2)
-    store.save(learner, DAY, REPORT)
+    save(store, learner, DAY, REPORT)
     saved: dict[str, Any] = {"dense": as_lists(dense(learner)), "rows": all_rows(learner)}
+    with pytest.MonkeyPatch.context() as patch:
+        if exchange.rank == 1:
+            patch.setattr(trainer.saving, "write_files", full)
+        saved["not saved"] = refused(lambda: save(store, learner, NEXT, REPORT))
     broken = (_Broken if exchange.rank == 1 else Checkpoints)(config.checkpoints.path, config.name)
-    saved["not saved"] = refused(lambda: broken.save(learner, NEXT, REPORT))
     saved["not loaded"] = refused(lambda: broken.load(build(config, exchange), store.open(DAY)))
     return saved | {"days": [str(day) for day in store.intervals()]}
 
 
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class _Broken(Checkpoints):
-    """What one worker has when its disk is full, or its part of the files out of reach."""
+    """What a worker has whose part of the files is out of reach."""
 
-    def _write_parts(self, learner: Learner, folder: str) -> dict[str, dict[str, Any]]:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _read_parts(self, learner: Learner, checkpoint: Checkpoint) -> None:
+    def _fill(self, learner: Learner, checkpoint: Checkpoint) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
@@ -559,7 +573,7 @@ def load_and_save_by_three(exchange: Exchange, config: Config, smaller: list[Con
     """Load and save; then load into tables that are too small, of which one evicts and one refuses."""
     store, learner = Checkpoints(config.checkpoints.path, config.name), build(config, exchange)
     store.load(learner, store.open(DAY))
-    store.save(learner, NEXT, REPORT)
+    save(store, learner, NEXT, REPORT)
     evicting, refusing = (build(each, exchange) for each in smaller)
     store.load(evicting, store.open(DAY))
     text = refused(lambda: store.load(refusing, store.open(DAY)))
@@ -568,7 +582,7 @@ def load_and_save_by_three(exchange: Exchange, config: Config, smaller: list[Con
 
 
 def files_of(checkpoint: Checkpoint, table: str) -> list[str]:
-    return sorted(name for name in checkpoint.manifest["files"] if name.startswith(f"rows/{table}/rows-"))
+    return sorted(name for name in checkpoint.layers[0]["files"] if name.startswith(f"rows/{table}/rows-"))
 
 
 def test_files_of_two_workers_load_into_one_and_three_and_of_three_into_one(
@@ -599,4 +613,7 @@ def test_files_of_two_workers_load_into_one_and_three_and_of_three_into_one(
 def test_the_manifest_is_plain_json_that_any_program_reads(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["report"] == REPORT and manifest["num_shards"] == 1
-    assert manifest["tables"] == {"user": {"dim": 8}, "item": {"dim": 8}, "position": {"dim": 4}}
+    widths = {table: (of["dim"], of["dtype"], of["columns"]) for table, of in manifest["tables"].items()}
+    columns = ["adagrad_sum", "value"]
+    expected = {"user": (8, "float32", columns), "item": (8, "float32", columns), "position": (4, "float32", columns)}
+    assert widths == expected

@@ -120,13 +120,13 @@ def optimizer_state_starts_anew() -> None:
     """A warm start restores the weights and forgets Adam's moments."""
     from trainer import checkpoint
 
-    load = checkpoint._load_dense_state
+    load = checkpoint.load_dense_state
 
     def without_moments(learner: Any, state: Any, where: str) -> None:
         load(learner, state, where)
         learner.optimizer.state.clear()
 
-    checkpoint._load_dense_state = without_moments
+    checkpoint.load_dense_state = without_moments
 
 
 def trained_before_scored() -> None:

@@ -1,0 +1,76 @@
+"""What is removed from the disk: what killed attempts left behind, old checkpoints, and what is to be trained again.
+
+A manifest goes before the files that it names, so nothing that exists lacks a file, also when this is killed in the
+middle; the next call goes on. Call it where nobody else writes: under the night's lock.
+"""
+
+import re
+from collections.abc import Collection
+
+from trainer.checkpoint import DECISION, MANIFEST, PROGRESS, Checkpoint, Checkpoints
+from trainer.intervals import Interval
+
+_ATTEMPT = re.compile(r"[0-9a-f]{12}")
+
+
+def clean(checkpoints: Checkpoints, interval: Interval) -> None:
+    """Remove from the newest interval's folder what neither its manifest nor, before that is there, its newest snapshot
+    needs.
+    """
+    storage = checkpoints.storage
+    if storage.exists(f"{interval.folder}/{MANIFEST}"):
+        current: Checkpoint | None = checkpoints.open(interval)
+        storage.delete(f"{interval.folder}/{PROGRESS}")
+    else:
+        current = checkpoints.progress(interval)
+    _keep_only(checkpoints, interval, _needed([current] if current else []))
+
+
+def prune(checkpoints: Checkpoints, *, keep_days: int, keep_bases: int, keep: Collection[Interval] = ()) -> None:
+    """Remove the checkpoints that are older than the newest keep_days days, but the newest keep_bases bases among them
+    and those of `keep` (the champion). The layers that what is kept needs stay, whosesoever they are.
+    """
+    committed = checkpoints.intervals()
+    recent = [i for i in committed if (committed[-1].day - i.day).days < keep_days]
+    if len(recent) == len(committed):
+        return
+    opened = {interval: checkpoints.open(interval) for interval in committed}
+    old = [interval for interval in committed if interval not in recent]
+    bases = [interval for interval in old if opened[interval].is_base]
+    kept = {*recent, *bases[len(bases) - min(keep_bases, len(bases)) :], *keep}
+    for interval in old:
+        if interval not in kept:
+            checkpoints.storage.delete(f"{interval.folder}/{MANIFEST}")
+    needed = _needed([opened[interval] for interval in committed if interval in kept])
+    for interval in checkpoints.begun():
+        if interval < recent[0] and interval not in kept:
+            _keep_only(checkpoints, interval, needed)
+
+
+def remove(checkpoints: Checkpoints, first: Interval) -> None:
+    """Drop the commits from an interval on, newest first, and all that they wrote: they are to be trained again. If one
+    of them serves, move the champion before.
+    """
+    dropped = [interval for interval in reversed(checkpoints.begun()) if interval >= first]
+    for interval in dropped:
+        for name in (MANIFEST, PROGRESS, DECISION):
+            checkpoints.storage.delete(f"{interval.folder}/{name}")
+    for interval in dropped:
+        _keep_only(checkpoints, interval, set())
+
+
+def _needed(kept: Collection[Checkpoint]) -> set[str]:
+    return {name for checkpoint in kept for name, _ in checkpoint.files()}
+
+
+def _keep_only(checkpoints: Checkpoints, interval: Interval, needed: set[str]) -> None:
+    """Remove all files of an interval's attempts but those."""
+    storage = checkpoints.storage
+    attempts = [name for name in storage.folders(interval.folder) if _ATTEMPT.fullmatch(name)]
+    for folder in (f"{interval.folder}/{attempt}" for attempt in attempts):
+        if not any(name.startswith(f"{folder}/") for name in needed):
+            storage.delete_folder(folder)
+            continue
+        for file in storage.files(folder, recursive=True):
+            if f"{folder}/{file}" not in needed:
+                storage.delete(f"{folder}/{file}")
