@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,11 @@ def _answers(node: Mapping[str, Any]) -> bool:
     except OSError:
         return False
     return True
+
+
+def lost_among(nodes: Collection[str]) -> set[str]:
+    """Which of these nodes are gone, whether Ray knows it yet or not."""
+    return set(nodes) - {node["NodeID"] for node in _alive() if node["NodeID"] in nodes and _answers(node)}
 
 
 def away_from_the_dead() -> dict[str, str] | None:

@@ -11,10 +11,11 @@ of an interval, and the next round has them.
 
 import contextlib
 import os
+import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -29,6 +30,7 @@ from trainer.nodes import (
     away_from_the_dead,
     end,
     free_workers,
+    lost_among,
     needs_of_a_worker,
     remove_reservations,
     wait_for_workers,
@@ -183,7 +185,7 @@ class _Round:
         self._config = {"job": job, "desk": desk, "round": self._name}
         self._desk, self._num_workers, self._needs = desk, num_workers, needs
         self._hang_s = hang_s
-        self._hang = ""
+        self._ended_for = ""
         self._ended: dict[str, Any] | str = ""
         self._over = threading.Event()
         self.begun = False
@@ -244,7 +246,7 @@ class _Round:
             ).fit()
             self._ended = result.return_value
         except BaseException as error:  # noqa: BLE001 - whatever it is, the round is lost
-            self._ended = self._hang or self._what(error)
+            self._ended = self._ended_for or self._what(error)
         self._over.set()
 
     def _what(self, error: BaseException) -> str:
@@ -269,26 +271,35 @@ class _Round:
         return _shortly(error)
 
     def _watch(self) -> None:
-        """Look at the workers until the round is over; end who hangs."""
+        """Look at the workers until the round is over: who hangs is ended, and where a node is gone, everybody is."""
         import ray
 
-        watchdog, looked = Watchdog(self._hang_s), time.monotonic()
-        while self._hang_s and not self._over.wait(TELL_EVERY_S):
+        watchdog, looked, lost = Watchdog(self._hang_s), time.monotonic(), set[str]()
+        while not self._over.wait(TELL_EVERY_S):
             with contextlib.suppress(ray.exceptions.RayError):  # the desk starts again by itself
                 places = ray.get(self._desk.places.remote(self._name, at_work=True))
+                before, lost = lost, lost_among({place.node for place in places})
                 now = time.monotonic()
-                hang = watchdog.look(places, now - looked)
+                hang = watchdog.look(places, now - looked) if self._hang_s else None
                 looked = now
-                if hang and not self._hang:
-                    self._hang = hang.text
-                    end(hang.places)
+                if gone := [place for place in places if place.node in lost & before]:
+                    self._end(places, "; ".join(f"{place.who} was lost {place.where}, with its node" for place in gone))
+                elif hang:
+                    self._end(hang.places, hang.text)
+
+    def _end(self, places: Sequence[Place], text: str) -> None:
+        """What is told first is the cause, and all else its consequences."""
+        self._ended_for = self._ended_for or text
+        end(places)
 
 
 def _shortly(error: BaseException) -> str:
-    """The line of an error that says most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    details = [line for line in lines if "Worker exit detail:" in line or "memory" in line.lower()]
-    return (details or lines[-1:] or [type(error).__name__])[0]
+    """The line of an error that says most: of a lost process how it ended, without Ray's advice."""
+    text = str(error)
+    if found := re.search(r"Worker exit detail: (.*?\.)(?: Some common causes| There are some|\n|$)", text):
+        return found[1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _scratch() -> str:
