@@ -44,10 +44,12 @@ class Decision:
 
 def judge(today: Report, before: Sequence[Past], settings: GateConfig) -> Decision:
     """Promote, or hold. before: the earlier intervals, oldest first."""
-    promoted = [earlier.report for earlier in before if earlier.state == "promoted"]
+    promoted = [earlier.report for earlier in before if _tells(earlier, settings)]
     alike = [report for report in promoted if hour(report) == hour(today)][-settings.trailing :]
     days = Days(today, alike, promoted[-settings.trailing :], before, settings)
-    first = not promoted and not today["metrics"]  # there was no model by which it could have been scored
+    first = (
+        not any(earlier.state == "promoted" for earlier in before) and not today["metrics"]
+    )  # there was no model by which it could have been scored
     checks = [(name, next(check(days), None)) for name, check in CHECKS.items() if not (first and name == "auc")]
     findings = [f"{name}: {finding}" for name, finding in checks if finding]
     if findings:
@@ -65,8 +67,13 @@ def look_back(newest_first: Iterable[Past], day: str, settings: GateConfig) -> l
         if promoted >= settings.trailing:
             break
         found.append(earlier)
-        promoted += earlier.state == "promoted" and hour(earlier.report) == hour({"day": day})
+        promoted += _tells(earlier, settings) and hour(earlier.report) == hour({"day": day})
     return found[::-1]
+
+
+def _tells(earlier: Past, settings: GateConfig) -> bool:
+    """Whether it tells what is usual: it was promoted, and no trickle of rows such as before a launch."""
+    return earlier.state == "promoted" and earlier.report["rows"] >= settings.least_rows
 
 
 def hour(report: Report) -> str:
@@ -90,7 +97,7 @@ def _told(findings: Sequence[str], before: Sequence[Past], day: str) -> str:
 def _good(days: Days) -> str:
     what, history = "of its hour " if hour(days.today) else "", days.settings.history
     if not days.alike:
-        return f"nothing speaks against it; not compared, as none {what}was promoted before"
+        return f"nothing speaks against it; not compared, as none {what}with enough rows was promoted before"
     if len(days.alike) < history:
         few = f"only {len(days.alike)} {what}before it, of {history} that a comparison needs"
         return f"nothing speaks against it; not compared: {few}"
@@ -103,7 +110,7 @@ def check_auc(days: Days) -> Iterator[str]:
     binary = [address for address in metrics if "auc" in metrics[address]]
     asked = settings.addresses or tuple(binary[:1])
     for address in dict.fromkeys([*asked, *binary]):
-        auc, error = get(metrics, address, "auc"), get(days.today, "errors", address, "auc") or 0.0
+        auc, error = get(metrics, address, "auc"), auc_error(days.today, address)
         if auc is None:
             if address in asked:
                 yield f"{address} is undefined{_few(days.today, address)}"
@@ -118,6 +125,29 @@ def check_auc(days: Days) -> Iterator[str]:
         if excess(auc, normal) < -max(settings.tolerance, chance):
             fall = f"{normal.low - auc:.4f} below the usual {normal.low:.4f}"
             yield f"{address} is {auc:.4f} ± {error:.4f}, {fall} of the {len(days.alike)} promoted before it"
+
+
+def auc_error(report: Report, address: str) -> float:
+    """The standard error of an AUC: by the bootstrap, but no less than that of scores that know nothing of as many
+    independent labels. A bootstrap of a handful of users believes what it saw. Source: Hanley and McNeil, Radiology 143
+    (1982), at an AUC of one half.
+    """
+    rows, mean = (get(report, "metrics", address, what) for what in ("rows", "mean_label"))
+    positives = (rows or 0) * (mean or 0.0)
+    negatives = (rows or 0) - positives
+    least = math.sqrt((positives + negatives + 1) / (12 * positives * negatives)) if positives * negatives > 0 else 0.0
+    return max(get(report, "errors", address, "auc") or 0.0, least)
+
+
+def calibration_error(report: Report, address: str) -> float:
+    """The standard error of a calibration's logarithm: by the bootstrap, but of an event no less than that of a count:
+    of as many as came, or as were predicted, whichever are fewer.
+    """
+    metrics, error = get(report, "metrics", address), get(report, "errors", address, "calibration") or 0.0
+    if "auc" not in metrics or not metrics.get("mean_label") or not metrics["calibration"]:
+        return float(error)
+    events = metrics["rows"] * metrics["mean_label"]
+    return float(max(error, min(events, events * metrics["calibration"]) ** -0.5))
 
 
 def _few(report: Report, address: str) -> str:
@@ -142,8 +172,8 @@ def check_calibration(days: Days) -> Iterator[str]:
     """Predictions that are too high or too low: outside fixed bounds, or farther than usual from 1."""
     settings = days.settings
     for address in keys(days.today, "metrics"):
-        value, error = (get(days.today, part, address, "calibration") for part in ("metrics", "errors"))
-        told, error = log(value), error or 0.0
+        value = get(days.today, "metrics", address, "calibration")
+        told, error = log(value), calibration_error(days.today, address)
         if told is None:
             continue
         if address in settings.calibration_bounds:

@@ -4,14 +4,16 @@ Each check yields what it finds, in words; nothing when there is nothing to be s
 docs/metrics.md ("The gate") tells why each is as it is.
 """
 
+import datetime
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from trainer.usual import Days, Report, Usual, allowed, excess, get, keys, log, median, past, usual
 
 _WEEK = 7
+_WEEKS = 2  # so often has the same weekday to come before it is usual
 _FEWEST_ROWS = 10  # of fewer rows, two days may be equal by chance
 _UNUSED = 0.005  # an expert with a smaller share is used by nobody
 _SPREAD_FACTOR = 10.0  # by which a number's deviation may change before its unit is doubted
@@ -43,21 +45,45 @@ def check_delivery(days: Days) -> Iterator[str]:
 
 
 def check_rows(days: Days) -> Iterator[str]:
-    """Far fewer or more rows than usual. Until a whole week is known twice as far, on a logarithmic scale; and as far
-    again as any of the days went, if one did: weekends.
-    """
+    """Far fewer or more rows than usual, and than on the same day of other weeks."""
     factor, rows = days.settings.rows, days.today["rows"]
-    logs = [math.log(report["rows"]) for report in days.alike]
-    normal = usual(logs, days.settings.history)
-    if factor is None or normal is None:
+    counts = [report["rows"] for report in days.alike]
+    if factor is None or len(counts) < max(days.settings.history, 1):
         return
-    middle = median(logs)
-    widest = max(abs(value - middle) for value in logs)
-    tolerance = math.log(factor) * (2 if len(logs) < _WEEK else 1)
-    tolerance += widest if widest > math.log(factor) else 0
-    chance = math.sqrt(1 / rows + math.exp(-middle))
-    if abs(excess(math.log(rows), normal)) > allowed(tolerance, days.settings.sigmas, normal.spread, chance):
-        yield f"{rows:,} rows, {rows / math.exp(middle):.2g} times the usual {math.exp(middle):,.0f}"
+    few = len(counts) < _WEEK  # nobody knows yet what weekends are like
+    weekdays = _on_the_same_weekday(days)
+    if _is_odd(rows, counts, factor**2 if few else factor, days) and (
+        len(weekdays) < _WEEKS or _is_odd(rows, weekdays, factor**2, days)
+    ):
+        middle = median(counts)
+        yield f"{rows:,} rows, {rows / middle:.2g} times the usual {middle:,.0f}"
+
+
+def _is_odd(rows: int, counts: Sequence[int], factor: float, days: Days) -> bool:
+    """Whether there are more or fewer rows than usual by the factor, and more surely than by chance."""
+    normal = usual([math.log(count) for count in counts], 1)
+    assert normal is not None, "there are days to compare with"
+    chance = math.hypot(rows**-0.5, math.exp(-normal.low / 2))
+    limit = allowed(math.log(factor), days.settings.sigmas, normal.spread, chance)
+    return abs(excess(math.log(rows), normal)) > limit
+
+
+def _on_the_same_weekday(days: Days) -> list[int]:
+    """The rows of this weekday (and hour) in the weeks before, also where they alone had it held: what comes every week
+    is no accident.
+    """
+    found = []
+    for earlier in days.all:
+        alone = earlier.reason.startswith("rows: ") and "; " not in earlier.reason
+        same = _weekday(earlier.report) == _weekday(days.today)
+        if same and (earlier.state == "promoted" or alone):
+            found.append(int(earlier.report["rows"]))
+    return found
+
+
+def _weekday(report: Report) -> tuple[int, str]:
+    day, _, hour = str(report["day"]).partition("T")
+    return datetime.date.fromisoformat(day).weekday(), hour
 
 
 def check_nulls(days: Days) -> Iterator[str]:
@@ -170,21 +196,21 @@ def check_norms(days: Days) -> Iterator[str]:
         (("rows", table), f"rows of table {table}", settings.row_norm) for table in keys(days.today, "norms", "rows")
     ]
     for path, what, factor in wanted:
-        times, value, normal = _growth(days, path, factor)
+        times, value, normal = _growth(days, path, factor, get(days.today, "ids", path[-1], "seen"))
         if times:
             found.append((times, f"the norm of the {what} is {value:.4g}, {times:.3g} times the usual {normal:.4g}"))
     if found:
         yield max(found)[1]
         return
     factor = None if settings.dense_norm is None else settings.dense_norm**2  # how far a few steps went varies more
-    times, value, normal = _growth(days, ("lag",), factor)
+    times, value, normal = _growth(days, ("lag",), factor, None)
     if times:
         yield f"the dense weights moved by {value:.4g}, {times:.3g} times the usual {normal:.4g}"
 
 
-def _growth(days: Days, path: tuple[str, ...], factor: float | None) -> tuple[float, float, float]:
+def _growth(days: Days, path: tuple[str, ...], factor: float | None, rows: int | None) -> tuple[float, float, float]:
     """How many times as large as usual a norm is, what it is and was; 0 times where that is well. Young weights grow
-    fast: twice as much as on any of the days is allowed.
+    fast: twice as much as on any of the days is allowed. rows: of so many it is the norm, where they are few.
     """
     logs = [log(value) for value in past(days.recent, "norms", *path)]
     value, normal = log(get(days.today, "norms", *path)), usual(logs, days.settings.history)
@@ -192,7 +218,8 @@ def _growth(days: Days, path: tuple[str, ...], factor: float | None) -> tuple[fl
         return 0.0, 0.0, 0.0
     known = [each for each in logs if each is not None]
     growth = max((after - before for before, after in pairwise(known)), default=0.0)
-    limit = max(2 * growth, allowed(math.log(factor), days.settings.sigmas, normal.spread))
+    chance = rows**-0.5 if rows else 0.0
+    limit = max(2 * growth, allowed(math.log(factor), days.settings.sigmas, normal.spread, chance))
     if excess(value, normal) <= limit:
         return 0.0, 0.0, 0.0
     return math.exp(value - normal.high), math.exp(value), math.exp(normal.high)
@@ -214,22 +241,37 @@ def check_experts(days: Days) -> Iterator[str]:
 
 
 def check_loss(days: Days) -> Iterator[str]:
-    """A task that learnt worse than usual while it was trained; a loss is about as uncertain as its events are few."""
+    """A task that learnt worse than usual while it was trained. An event's loss is told over the entropy of its rate:
+    rare events have small losses. It is about as uncertain as the events, or the users, are few.
+    """
     for task in keys(days.today, "losses"):
-        loss, normal = get(days.today, "losses", task), usual(past(days.alike, "losses", task), days.settings.history)
+        loss = _loss(days.today, task)
+        normal = usual([_loss(report, task) for report in days.alike], days.settings.history)
         if days.settings.loss is None or loss is None or normal is None:
             continue
         near = abs(normal.high)
         chance = near * _relative_error(days.today, task)
         if excess(loss, normal) > allowed((days.settings.loss - 1) * near, days.settings.sigmas, normal.spread, chance):
-            yield f"the loss of {task} in training is {loss:.4g} (usually {normal.text})"
+            yield f"the loss of {task} in training is {loss / near:.3g} times the usual, at the rate of its label"
+
+
+def _loss(report: Report, task: str) -> float | None:
+    """A task's loss; an event's over the entropy of its rate on the rows of its largest address."""
+    loss = get(report, "losses", task)
+    mine = [address for address in keys(report, "metrics") if address.partition("@")[0] == task]
+    if loss is None or not any("auc" in report["metrics"][address] for address in mine):
+        return loss if mine else None
+    rate = get(report, "metrics", max(mine, key=lambda address: report["metrics"][address]["rows"]), "mean_label")
+    if not rate or rate >= 1:
+        return None
+    return float(loss / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate)))
 
 
 def _relative_error(report: Report, task: str) -> float:
-    """Of a task's mean label, the largest of its addresses."""
+    """Of a task's mean label, the largest of its addresses; no less than if each user were one observation."""
     found = []
     for address in keys(report, "metrics"):
         mean, error = (get(report, part, address, "mean_label") for part in ("metrics", "errors"))
         if address.partition("@")[0] == task and mean and error:
             found.append(error / abs(mean))
-    return max(found, default=0.0)
+    return max([*found, _units(report) ** -0.5])

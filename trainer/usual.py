@@ -27,8 +27,8 @@ class GateConfig:
     values: by how many of its standard deviations a number's mean may move. calibration_bounds: lowest and highest, by
     address, whatever is usual. repeated: whether rows that were there before are looked for.
 
-    trailing: so many promoted days tell what is usual; history: with fewer, nothing is compared. sigmas: how sure the
-    gate must be that it is not chance.
+    trailing: so many promoted days, of at least least_rows rows each, tell what is usual; history: with fewer, nothing
+    is compared. sigmas: how sure the gate must be that it is not chance.
     """
 
     addresses: tuple[str, ...] = ()
@@ -49,6 +49,7 @@ class GateConfig:
     repeated: bool = True
     trailing: int = 14
     history: int = 3
+    least_rows: int = 100
     sigmas: float = 4.0
 
 
@@ -63,7 +64,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Days:
-    """Today, and the promoted days that it is compared with, oldest first. alike: those of the same hour, when an
+    """Today, and the promoted days with which it is compared, oldest first. alike: those of the same hour, when an
     interval is an hour; recent: the newest, whatever their hour. all: also those that were held.
     """
 
