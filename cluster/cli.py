@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,27 +85,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train on one day, from the newest checkpoint before it. Logs and promotes nothing: the next nightly does."""
-    from cluster.nightly import day_entry, open_checkpoints
-    from cluster.nightly import train as train_days
+    from cluster.nightly import train_one
     from cluster.tables import Show
-    from trainer.learner import open_logs
 
     settings, interval, console = _load(config, sets), _interval(day, "--day"), _console(as_json)
-    checkpoints = open_checkpoints(settings)
-    committed = checkpoints.intervals()
-    if interval in committed:
-        _say(console, f"{interval.words} is trained already: {checkpoints.path}")
-    elif committed and interval < committed[-1]:
-        raise UserError(
-            f"{interval.words} lies before the newest checkpoint",
-            checkpoints.path,
-            got=f"trained through {committed[-1]}",
-            do="days are trained in order: remove the later checkpoints to go back",
-        )
-    else:
-        with Show(console) as show:
-            train_days(settings, [open_logs(settings).plan(interval)], use_ray=not no_ray, on_event=show.event)
-    _finish(as_json, day_entry(checkpoints, interval, interval not in committed))
+    with Show(console) as show:
+        entry = train_one(settings, interval, use_ray=not no_ray, on_event=show.event)
+    if not entry["trained"]:
+        _say(console, f"{interval.words} is trained already, in {settings.checkpoints.path}")
+    _finish(as_json, entry)
 
 
 @app.command()
@@ -112,6 +101,9 @@ def nightly(
     config: Config,
     first: Annotated[str | None, typer.Option("--from", help="The first day, or hour.")] = None,
     through: Annotated[str | None, typer.Option(help="The last day, or hour.")] = None,
+    again: Annotated[
+        str | None, typer.Option(help="Throw away the models from this day on, and train them anew.")
+    ] = None,
     truth: Annotated[
         str | None, typer.Option(help="A simulation's folder: also show the AUC that the true law reaches.")
     ] = None,
@@ -129,6 +121,7 @@ def nightly(
             settings,
             first=_maybe_interval(first, "--from"),
             through=_maybe_interval(through, "--through"),
+            again=_maybe_interval(again, "--again"),
             use_ray=not no_ray,
             on_event=show.event,
         )
@@ -205,22 +198,106 @@ def evaluate(
 
 
 @app.command()
-def status(config: Config, sets: Set = [], as_json: Json = False) -> None:  # noqa: B006
-    """The days that are done, their metrics, and which one serves."""
-    from cluster.nightly import Morning, day_entry, open_checkpoints
-    from cluster.tables import days_table
+def status(
+    config: Config,
+    day: Annotated[str | None, typer.Option(help="All that happened to this day, or hour.")] = None,
+    sets: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """What happened to each day and why, which one serves, and who runs a night now."""
+    from cluster.status import history
+    from cluster.status import status as look
+    from cluster.tables import days_table, states_table
 
     settings, console = _load(config, sets), _console(as_json)
-    checkpoints = open_checkpoints(settings)
-    days = [day_entry(checkpoints, interval, False) for interval in checkpoints.intervals()]
-    champion = Morning(settings, checkpoints).champion()
-    if days:
-        console.print(days_table(days))
+    if interval := _maybe_interval(day, "--day"):
+        entries = history(settings, interval)
+        console.print(states_table([e | {"day": interval.name, "since": e["at"]} for e in entries]))
+        _finish(as_json, {"model": settings.name, "day": interval.name, "entries": entries})
+        return
+    found = look(settings)
+    if found["days"]:
+        console.print(days_table(found["days"]))
     else:
-        _say(console, f"no day is done yet in {checkpoints.path}")
-    _print_states(console, days)
-    _say(console, f"champion: {champion.interval if champion else 'none'}")
-    _finish(as_json, {"model": settings.name, "champion": champion.interval.name if champion else None, "days": days})
+        _say(console, f"no day is done yet in {settings.checkpoints.path}/{settings.name}")
+    if found["ledger"]:
+        console.print(states_table(found["ledger"]))
+    champion, holder = found["serving"], found["lock"]
+    since = f" since {champion['since']} by {champion['by']}: {champion['reason']}" if champion else ""
+    _say(console, f"champion: {found['champion'] or 'none'}{since}")
+    if holder:
+        who = f"{holder['verb']}, process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        _say(console, f"running: {who}; {holder['sign_of_life']}")
+    _finish(as_json, found)
+
+
+@app.command()
+def promote(
+    config: Config,
+    day: Annotated[str, typer.Option(help="The day, or hour, whose model serves from now on.")],
+    force: Annotated[bool, typer.Option("--force", help="Also when the gate held it.")] = False,
+    sets: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Let the model of a day serve, also one that the gate held (--force)."""
+    from cluster.promotion import promote as run
+
+    _moved(config, sets, as_json, "promote", partial(run, interval=_interval(day, "--day"), force=force))
+
+
+@app.command()
+def rollback(
+    config: Config,
+    to: Annotated[str, typer.Option(help="The day, or hour, whose model serves from now on.")],
+    sets: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Let the model of an earlier day serve that was promoted."""
+    from cluster.promotion import rollback as run
+
+    _moved(config, sets, as_json, "rollback", partial(run, interval=_interval(to, "--to")))
+
+
+def _moved(path: str, sets: list[str], as_json: bool, verb: str, move: Callable[..., Any]) -> None:
+    """Move the champion under the lock, and say what serves now and what did."""
+    from cluster.morning import lock, open_checkpoints, open_ledger
+
+    settings, console = _load(path, sets), _console(as_json)
+    with lock(settings, verb) as held:
+        moved = move(settings, open_checkpoints(settings), open_ledger(settings, held.mine))
+    now, before = moved.champion, moved.before
+    if before and before.interval == now.interval:
+        _say(console, f"{now.interval} serves already, since {before.since} by {before.by}")
+    else:
+        _say(console, f"{now.interval} serves since {now.since} by {now.by}: {now.reason}")
+        _say(console, f"before: {before.interval} since {before.since} by {before.by}" if before else "before: none")
+    if moved.alias:
+        _say(console, f"MLflow's alias did not follow; the next night sets it: {moved.alias}")
+    told = {"model": settings.name, "champion": now.interval.name, "since": now.since, "by": now.by}
+    was = {"before": before.interval.name, "before_since": before.since} if before else {"before": None}
+    _finish(as_json, told | was | {"alias": moved.alias is None})
+
+
+@app.command()
+def verify(
+    config: Config,
+    day: Annotated[str | None, typer.Option(help="Only the checkpoint of this day, or hour.")] = None,
+    sets: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Read every file of the kept checkpoints again: is each as it was written?"""
+    from cluster.status import verify as read
+
+    settings, console = _load(config, sets), _console(as_json)
+    found = read(settings, _maybe_interval(day, "--day"))
+    for entry in found:
+        _say(console, f"{entry['day']}: {'every file is as it was written' if entry['ok'] else entry['error']}")
+    if not found:
+        _say(console, f"there is no checkpoint in {settings.checkpoints.path}/{settings.name}")
+    good = all(entry["ok"] for entry in found)
+    _finish(as_json, {"model": settings.name, "ok": good, "days": found})
+    if not good:
+        raise typer.Exit(2)
 
 
 def main() -> None:

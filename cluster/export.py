@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cluster.nightly import Morning, open_checkpoints
+from cluster.morning import must_have_champion, open_checkpoints, open_ledger
 from embeddings.exchange import LocalExchange
 from trainer.config import Config, absolute
 from trainer.errors import UserError
@@ -20,7 +20,7 @@ def export(config: Config, out: str, interval: Interval | None = None) -> dict[s
         do, expected = "add serving: {item: [...]}: all other features are the user's", "the features of an item"
         raise UserError("nothing says what belongs to an item", "serving.item", expected=expected, do=do)
     checkpoints = open_checkpoints(config)
-    checkpoint = checkpoints.open(interval) if interval else Morning(config, checkpoints).must_have_champion()
+    checkpoint = checkpoints.open(interval) if interval else must_have_champion(checkpoints, open_ledger(config))
     learner = build(config, LocalExchange())
     checkpoints.load(learner, checkpoint)
     learner.embeddings.shard.begin_day(checkpoint.interval.next().day.toordinal())

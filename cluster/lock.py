@@ -257,6 +257,13 @@ def holder(storage: Storage) -> Claim | None:
     return max(held, key=_order) if held else None
 
 
+def sign_of_life(storage: Storage, claim: Claim) -> str:
+    """What is known of an owner, for people, without waiting for him."""
+    if claim.process.is_gone():
+        return "its process is gone: the next night takes over"
+    return f"last heartbeat {max(time.time() - last_beat(storage, claim), 0):.0f} s ago"
+
+
 def _remove(storage: Storage, name: str) -> None:
     """The claim first: a beat without it means nothing."""
     storage.delete(f"{name}.claim")

@@ -1,13 +1,14 @@
-"""The night: every day that is not done yet is scored, trained on, committed, logged, judged and promoted or held.
+"""The night: every interval that is not done yet is scored, trained on, committed, and in the morning judged and
+promoted or held.
 
-    driver                                            workers, all days of one call in one run
+    driver (holds the lock)                           workers, all days of one call in one run
+    what an earlier night left open is finished
     which days are pending; read their footers   ->   for each day: score with the model of the day before,
                                                       train from its checkpoint, commit the checkpoint
-    log the day to MLflow, judge, promote or hold <-  event: committed
-    write the decision down
+    morning.py: verify, judge, promote or hold   <-   event: committed
 
-A day is trained when its manifest is there, and done when its decision is there: a night that was killed anywhere goes
-on from that.
+A day is trained when its manifest is there, and done when its decision is in the ledger: a night that was killed
+anywhere goes on from that.
 """
 
 import hashlib
@@ -15,21 +16,20 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
+from cluster.morning import Morning, day_entry, lock, open_checkpoints, open_ledger
+from cluster.promotion import drop
 from trainer.agree import together
-from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.config import Config, as_dict, flatten
+from trainer.checkpoint import Checkpoints
+from trainer.config import Config, as_dict
 from trainer.data import DayPlan, Logs
 from trainer.day import run_day
 from trainer.errors import UserError
-from trainer.gate import Decision, Past, judge, look_back
 from trainer.intervals import Interval
 from trainer.learner import Learner, build, check, open_logs
-from trainer.pictures import days_picture, gates_picture
 from trainer.saving import Saving
-from trainer.tracking import Tracking
 from trainer.workers import Event, Worker, run_here, run_on_ray
 
 _PROGRESS_EVERY_S = 0.25
@@ -41,45 +41,82 @@ def nightly(
     *,
     first: Interval | None = None,
     through: Interval | None = None,
+    again: Interval | None = None,
     use_ray: bool = True,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """Do every day that is not done. Returns {"model", "days": [...]}: one entry a committed day of the range, in
-    order.
+    """Do every interval that is not done; with `again`, throw away the models from that one on first. Returns {"model",
+    "days": [...]}: one entry a committed interval of the range, in order.
     """
-    checkpoints = open_checkpoints(config)
-    plans = pending(config, open_logs(config), checkpoints, first, through)
-    morning = Morning(config, checkpoints)
-    morning.decide_all()
+    with lock(config, "nightly") as held:
+        checkpoints, ledger = open_checkpoints(config), open_ledger(config, held.mine)
+        morning = Morning(config, checkpoints, ledger)
 
-    def hear(event: Event) -> None:
-        if event["event"] == "committed":
-            morning.decide_all()
-        on_event(event)
+        def hear(event: Event) -> None:
+            morning.hear(event)
+            if event["event"] == "committed":
+                morning.finish_all()
+            on_event(event)
 
-    if plans:
-        check(config)  # a body or a database that cannot be made is found out now, not after hours
-        morning.open()
-        try:
-            train(config, plans, use_ray=use_ray, on_event=hear)
-        finally:
-            morning.decide_all()  # also when the night ended early, or a worker was lost before it told of a commit
+        with morning.night():
+            morning.finish_all(before=again)
+            plans = pending(config, open_logs(config), checkpoints, first, through, again)
+            if plans:
+                check(config)  # a body or a database that cannot be made is found out now, not after hours
+                morning.open()
+            if again:
+                drop(config, checkpoints, ledger, again, f"nightly --again {again}")
+            morning.plan([plan.interval for plan in plans])
+            try:
+                if plans:
+                    train(config, plans, use_ray=use_ray, on_event=hear, mine=held.fence.mine)
+            finally:
+                morning.finish_all()  # also when the night ended early, or a worker was lost before it told of a commit
     trained = {plan.interval for plan in plans}
     done = [i for i in checkpoints.intervals() if (first is None or i >= first) and (through is None or i <= through)]
-    return {"model": config.name, "days": [day_entry(checkpoints, i, i in trained) for i in done]}
+    return {"model": config.name, "days": [day_entry(checkpoints, ledger, i, i in trained) for i in done]}
 
 
-def open_checkpoints(config: Config) -> Checkpoints:
-    return Checkpoints(config.checkpoints.path, config.name)
+def train_one(
+    config: Config, interval: Interval, *, use_ray: bool, on_event: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Train on one interval, from the newest checkpoint before it, unless that was done. Returns its entry."""
+    with lock(config, "train") as held:
+        checkpoints, ledger = open_checkpoints(config), open_ledger(config, held.mine)
+        committed = checkpoints.intervals()
+        if committed and interval < committed[-1] and interval not in committed:
+            raise UserError(
+                f"{interval.words} lies before the newest checkpoint",
+                checkpoints.path,
+                got=f"trained through {committed[-1]}",
+                do="days are trained in order: drop the later ones with nightly --again",
+            )
+        if interval not in committed:
+            morning, plan = Morning(config, checkpoints, ledger), open_logs(config).plan(interval)
+
+            def hear(event: Event) -> None:
+                morning.hear(event)
+                on_event(event)
+
+            with morning.night():
+                morning.plan([interval])
+                train(config, [plan], use_ray=use_ray, on_event=hear, mine=held.fence.mine)
+        return day_entry(checkpoints, ledger, interval, interval not in committed)
 
 
 def pending(
-    config: Config, logs: Logs, checkpoints: Checkpoints, first: Interval | None, through: Interval | None
+    config: Config,
+    logs: Logs,
+    checkpoints: Checkpoints,
+    first: Interval | None,
+    through: Interval | None,
+    again: Interval | None = None,
 ) -> list[DayPlan]:
-    """The intervals to train on: after the newest committed one, within first .. through. Their footers are read and
-    checked here.
+    """The intervals to train on: after the newest committed one before `again`, within first .. through. Their footers
+    are read and checked here.
     """
-    committed, present = checkpoints.intervals(), logs.intervals()
+    present = logs.intervals()
+    committed = [interval for interval in checkpoints.intervals() if again is None or interval < again]
     start = max(i for i in (first, committed[-1].next() if committed else present[0]) if i)
     end = through or present[-1]
     wanted = [i for i in present if start <= i <= end]
@@ -93,9 +130,18 @@ def pending(
     return [logs.plan(interval) for interval in wanted]
 
 
-def train(config: Config, plans: list[DayPlan], *, use_ray: bool, on_event: Callable[[Event], None]) -> None:
-    """Train on the days, in order, on the configured workers or in this process."""
-    run(partial(work, config=config, plans=plans), config, use_ray, on_event)
+def train(
+    config: Config,
+    plans: list[DayPlan],
+    *,
+    use_ray: bool,
+    on_event: Callable[[Event], None],
+    mine: Callable[[], None] = lambda: None,
+) -> None:
+    """Train on the days, in order, on the configured workers or in this process. mine: asked before each commit, raises
+    when another night took over.
+    """
+    run(partial(work, config=config, plans=plans, mine=mine), config, use_ray, on_event)
 
 
 def run(job: Callable[[Worker], Any], config: Config, use_ray: bool, on_event: Callable[[Event], None]) -> Any:
@@ -106,9 +152,11 @@ def run(job: Callable[[Worker], Any], config: Config, use_ray: bool, on_event: C
     return run_on_ray(job, on_event, workers=workers, max_failures=nightly.max_failures, hang_s=nightly.hang_s)
 
 
-def work(worker: Worker, *, config: Config, plans: list[DayPlan]) -> None:
-    """What each worker does: the days that are not committed yet, in order, from the newest checkpoint before them."""
-    checkpoints, logs = open_checkpoints(config), open_logs(config)
+def work(worker: Worker, *, config: Config, plans: list[DayPlan], mine: Callable[[], None] = lambda: None) -> None:
+    """What each worker does: the days that are not committed yet, in order, from the newest checkpoint before them.
+    mine: asked before each commit.
+    """
+    checkpoints, logs = open_checkpoints(config, mine), open_logs(config)
     committed = together(worker.exchange, checkpoints.intervals)
     saving = saving_of(config, checkpoints, build(config, worker.exchange, worker.device))
     for plan in plans:
@@ -166,107 +214,3 @@ def teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:
             worker.emit(event | {"of": plan.num_rows})
 
     return progress
-
-
-class Morning:
-    """What the driver does with a committed day: log it, judge it, promote or hold it, write the decision down."""
-
-    def __init__(self, config: Config, checkpoints: Checkpoints):
-        self._config, self._checkpoints = config, checkpoints
-
-    @cached_property
-    def _tracking(self) -> Tracking:
-        return Tracking(self._config.tracking.mlflow, self._config.name)
-
-    def open(self) -> None:
-        """Open the tracking store; a UserError when it cannot be."""
-        self._tracking  # noqa: B018 - the property opens it
-
-    def decide_all(self) -> None:
-        """Every committed day that has no decision yet, in order."""
-        for interval in self._checkpoints.intervals():
-            if self._checkpoints.decision(interval) is None:
-                self._decide(self._checkpoints.open(interval))
-
-    def _decide(self, checkpoint: Checkpoint) -> None:
-        report, gate = checkpoint.report, self._config.nightly.gate
-        earlier = [interval for interval in self._checkpoints.intervals() if interval < checkpoint.interval]
-        before = look_back(map(self._past, reversed(earlier)), report["day"], gate)
-        decision = judge(report, before, gate)
-        run_id = self._log(checkpoint, decision)
-        version = self._tracking.register(
-            run_id, tags={"day": report["day"], "checkpoint": checkpoint.id, "state": decision.state}
-        )
-        if decision.state == "promoted":
-            self._tracking.set_alias("champion", version)
-        record = {"state": decision.state, "reason": decision.reason, "run_id": run_id, "version": version}
-        self._checkpoints.decide(checkpoint.interval, record)
-
-    def champion(self, before: Interval | None = None) -> Checkpoint | None:
-        """The checkpoint that serves: the newest promoted day's, or that of the newest one before a day."""
-        for interval in reversed(self._checkpoints.intervals()):
-            if (before is None or interval < before) and self._state(interval) == "promoted":
-                return self._checkpoints.open(interval)
-        return None
-
-    def must_have_champion(self, before: Interval | None = None) -> Checkpoint:
-        """The champion from before a day, or the champion; a UserError while there is none."""
-        champion = self.champion(before) or self.champion()
-        if champion is None:
-            raise UserError("no model is promoted yet", self._checkpoints.path, do="run nightly first")
-        return champion
-
-    def _past(self, interval: Interval) -> Past:
-        """An earlier interval, as the gate sees it."""
-        decision = self._checkpoints.decision(interval) or {"state": "undecided", "reason": ""}
-        return Past(self._checkpoints.open(interval).report, decision["state"], decision["reason"])
-
-    def _state(self, interval: Interval) -> str | None:
-        return (self._checkpoints.decision(interval) or {}).get("state")
-
-    def _log(self, checkpoint: Checkpoint, decision: Decision) -> str:
-        report = checkpoint.report
-        counted = flatten({key: value for key, value in report.items() if key != "metrics"})
-        metrics = {key.replace(".", "/"): value for key, value in counted.items() if isinstance(value, int | float)}
-        history = [
-            (interval.name, flatten_metrics(self._checkpoints.open(interval).report))
-            for interval in self._checkpoints.intervals()
-            if interval <= checkpoint.interval
-        ]
-        title = f"{self._config.name}, {report['day']}: mean shares of experts"
-        gates = {"gates.png": gates_picture(report["gates"], title)} if report["gates"] else {}
-        return self._tracking.log_day(
-            report["day"],
-            params=flatten(as_dict(self._config)),
-            metrics=flatten_metrics(report) | metrics,
-            tags={
-                "checkpoint": checkpoint.id,
-                "state": decision.state,
-                "reason": decision.reason,
-                "folder": checkpoint.folder,
-            },
-            files={
-                "checkpoint/manifest.json": json.dumps(checkpoint.manifest, indent=1).encode(),
-                "days.png": days_picture(history, title=self._config.name),
-            }
-            | gates,
-        )
-
-
-def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:
-    """A report's defined metrics as {"click@all/auc": value}."""
-    return {
-        f"{a}/{name}": value for a, of in report["metrics"].items() for name, value in of.items() if value is not None
-    }
-
-
-def day_entry(checkpoints: Checkpoints, interval: Interval, trained: bool) -> dict[str, Any]:
-    """One interval as `nightly --json` prints it."""
-    report = checkpoints.open(interval).report
-    decision = checkpoints.decision(interval) or {"state": "undecided", "reason": "not logged and judged yet"}
-    wanted = "day rows seconds samples_per_s workers memory_bytes metrics losses weights gates nulls ids".split()
-    return {key: report[key] for key in wanted} | {
-        "state": decision["state"],
-        "reason": decision["reason"],
-        "trained": trained,
-    }

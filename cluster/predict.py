@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from cluster.nightly import Morning, open_checkpoints, run, teller
+from cluster.morning import must_have_champion, open_checkpoints, open_ledger
+from cluster.nightly import run, teller
 from trainer.agree import together
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config, absolute
@@ -22,11 +23,11 @@ from trainer.workers import Event, Worker
 def predict(
     config: Config, interval: Interval, out: str, *, use_ray: bool = True, on_event: Callable[[Event], None]
 ) -> dict[str, Any]:
-    """Score a day into out/. The model is the newest promoted one from before the day, or the newest promoted one at
-    all.
+    """Score a day into out/. The model is the champion, when it was trained before the day; else the newest promoted
+    one from before it; else the champion.
     """
     check(config)
-    checkpoint = Morning(config, open_checkpoints(config)).must_have_champion(before=interval)
+    checkpoint = must_have_champion(open_checkpoints(config), open_ledger(config), before=interval)
     plan = open_logs(config).plan(interval)
     job = partial(_write, config=config, plan=plan, checkpoint=checkpoint, out=absolute(out))
     rows = run(job, config, use_ray, on_event)

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from cluster.doctor import Finding
 from trainer.workers import Event
@@ -77,6 +78,14 @@ def days_table(days: Sequence[Mapping[str, Any]], law: Mapping[str, Mapping[str,
         if law and (truth := law.get(day["day"])):
             reached = [number(truth.get(address)) + "      " if address in truth else "" for address in kinds]
             table.add_row("", "the true law", "", "", *reached, style="dim")
+    return table
+
+
+def states_table(entries: Iterable[Mapping[str, Any]]) -> Table:
+    """Where each interval stands, since when and why; or all that happened to one."""
+    table = Table("day", "state", "since", "why", header_style="bold")
+    for entry in entries:
+        table.add_row(entry["day"], entry["state"] or "-", entry["since"] or "-", Text(entry["reason"] or "-"))
     return table
 
 

@@ -1,7 +1,7 @@
 """An interval's model on disk: files, then the manifest. What has no manifest does not exist.
 
     <path>/<model>/day=2026-11-20/manifest.json                                  written last: the commit
-    <path>/<model>/day=2026-11-20/decision.json                                  promoted or held, and why
+    <path>/<model>/day=2026-11-20/ledger.json                                    what happened to it: ledger.py
     <path>/<model>/day=2026-11-20/progress.json                                  the newest snapshot of a day under way
     <path>/<model>/day=2026-11-20/<attempt>/rows/<table>/rows-0000-2047.parquet  by buckets: embeddings/snapshot.py
     <path>/<model>/day=2026-11-20/<attempt>/dense.safetensors                    dense net, optimizer, statistics
@@ -38,7 +38,7 @@ from trainer.storage import Storage
 
 FORMAT = 2
 ROWS, DENSE, COUNTED = "rows", "dense.safetensors", "counted-{worker}.safetensors"
-MANIFEST, PROGRESS, DECISION = "manifest.json", "progress.json", "decision.json"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _DAY, _HOUR = "day=", "hour="
 Result = TypeVar("Result")
 Manifest = dict[str, Any]
@@ -84,9 +84,13 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one model below one path, on any filesystem that pyarrow can open."""
+    """The checkpoints of one model below one path, on any filesystem that pyarrow can open.
 
-    def __init__(self, path: str, model: str):
+    mine: asked before a manifest is written or anything is removed; raises when the caller must not any more.
+    """
+
+    def __init__(self, path: str, model: str, mine: Callable[[], None] = lambda: None):
+        self.mine = mine
         self.storage = Storage(path).within(model)
         self.path = self.storage.path
 
@@ -152,22 +156,8 @@ class Checkpoints:
     def write_manifest(self, interval: Interval, file: str, manifest: Manifest) -> None:
         """Write a manifest (MANIFEST: this is the commit; PROGRESS) with its own SHA-256."""
         content = json.dumps(manifest | {"sha256": digest(manifest)}, indent=1).encode()
+        self.mine()
         self.storage.write(f"{interval.folder}/{file}", content)
-
-    def decision(self, interval: Interval) -> dict[str, Any] | None:
-        """What was decided about a committed interval, or None while nothing is."""
-        name = f"{interval.folder}/{DECISION}"
-        try:
-            return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
-        except (ValueError, OSError) as error:
-            do = "restore the file from a copy, or remove it: the next nightly decides anew"
-            what = "the day's decision cannot be read"
-            raise UserError(what, f"{self.path}/{name}", got=str(error), do=do) from None
-
-    def decide(self, interval: Interval, decision: dict[str, Any]) -> None:
-        """Write down what was decided about a committed interval."""
-        content = json.dumps(decision, indent=1).encode()
-        self.stored(lambda: self.storage.write(f"{interval.folder}/{DECISION}", content))
 
     def load(self, learner: Learner, checkpoint: Checkpoint) -> None:
         """Fill a fresh learner from a checkpoint of any number of workers. Collective; when a worker cannot read its

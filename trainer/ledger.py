@@ -13,7 +13,7 @@ twice is to enter it once, so a night that was killed and run again leaves the l
 import datetime
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from trainer.errors import UserError
@@ -72,7 +72,7 @@ class Ledger:
 
     def current(self, interval: Interval) -> list[Entry]:
         """What happened since it last began: after the last failure, or after its model was dropped."""
-        return _since_restart(self.entries(interval))
+        return _since(RESTARTS, self.entries(interval))
 
     def state(self, interval: Interval) -> Entry | None:
         """Where it stands: its last entry."""
@@ -84,12 +84,25 @@ class Ledger:
         last = self.state(interval)
         return last if last and last["state"] in ENDS else None
 
+    def is_promoted(self, interval: Interval) -> bool:
+        """By the gate or by force; it need not serve any more."""
+        return (self.decision(interval) or {}).get("state") == "promoted"
+
+    def was_written(self, interval: Interval) -> bool:
+        """Was it entered that its model is there, since that was last dropped?"""
+        return any(entry["state"] == "written" for entry in _since(("dropped",), self.entries(interval)))
+
+    def version(self, interval: Interval) -> int | None:
+        """The number of its model in the registry; None while nothing is decided."""
+        found = [entry["version"] for entry in _since(("dropped",), self.entries(interval)) if "version" in entry]
+        return found[-1] if found else None
+
     def record(self, interval: Interval, state: str, reason: str, **facts: Any) -> None:
         """Enter that the interval reached a state. Nothing happens when it is there since the interval last began, or
         when one that comes after it is.
         """
         entries = self.entries(interval)
-        current = _since_restart(entries)
+        current = _since(RESTARTS, entries)
         if state in RESTARTS:
             if not current:
                 return  # nothing was begun that could fail
@@ -117,7 +130,10 @@ class Ledger:
         old = self.champion()
         if old and (old.interval, old.by, old.passed) == (interval, by, passed):
             return
-        new = Champion(interval, now(), by, reason, old.interval if old else None, passed)
+        if old and (old.interval, old.by) == (interval, by):
+            new = replace(old, passed=passed)
+        else:
+            new = Champion(interval, now(), by, reason, old.interval if old else None, passed)
         named = {field: getattr(new, field) for field in _NAMED}
         self._write(_CHAMPION, vars(new) | {field: i.name if i else None for field, i in named.items()})
 
@@ -154,6 +170,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _since_restart(entries: list[Entry]) -> list[Entry]:
-    restarts = [i for i, entry in enumerate(entries) if entry["state"] in RESTARTS]
-    return entries[restarts[-1] + 1 :] if restarts else entries
+def _since(states: tuple[str, ...], entries: list[Entry]) -> list[Entry]:
+    """The entries after the last one of these states."""
+    found = [i for i, entry in enumerate(entries) if entry["state"] in states]
+    return entries[found[-1] + 1 :] if found else entries

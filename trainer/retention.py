@@ -7,7 +7,7 @@ middle; the next call goes on. Call it where nobody else writes: under the night
 import re
 from collections.abc import Collection
 
-from trainer.checkpoint import DECISION, MANIFEST, PROGRESS, Checkpoint, Checkpoints
+from trainer.checkpoint import MANIFEST, PROGRESS, Checkpoint, Checkpoints
 from trainer.intervals import Interval
 
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
@@ -17,6 +17,7 @@ def clean(checkpoints: Checkpoints, interval: Interval) -> None:
     """Remove from the newest interval's folder what neither its manifest nor, before that is there, its newest snapshot
     needs.
     """
+    checkpoints.mine()
     storage = checkpoints.storage
     if storage.exists(f"{interval.folder}/{MANIFEST}"):
         current: Checkpoint | None = checkpoints.open(interval)
@@ -30,6 +31,7 @@ def prune(checkpoints: Checkpoints, *, keep_days: int, keep_bases: int, keep: Co
     """Remove the checkpoints that are older than the newest keep_days days, but the newest keep_bases bases among them
     and those of `keep` (the champion). The layers that what is kept needs stay, whosesoever they are.
     """
+    checkpoints.mine()
     committed = checkpoints.intervals()
     recent = [i for i in committed if (committed[-1].day - i.day).days < keep_days]
     if len(recent) == len(committed):
@@ -51,9 +53,10 @@ def remove(checkpoints: Checkpoints, first: Interval) -> None:
     """Drop the commits from an interval on, newest first, and all that they wrote: they are to be trained again. If one
     of them serves, move the champion before.
     """
+    checkpoints.mine()
     dropped = [interval for interval in reversed(checkpoints.begun()) if interval >= first]
     for interval in dropped:
-        for name in (MANIFEST, PROGRESS, DECISION):
+        for name in (MANIFEST, PROGRESS):
             checkpoints.storage.delete(f"{interval.folder}/{name}")
     for interval in dropped:
         _keep_only(checkpoints, interval, set())

@@ -96,9 +96,9 @@ def test_nightly_ends_with_its_days_as_json_and_words_on_stderr(daybreak: Run, f
 
 
 def test_without_json_the_words_stand_on_stdout(daybreak: Run, folder: Path) -> None:
-    ended = daybreak("nightly", "model.yaml", "--no-ray", "--set", "nightly.gate.tolerance=-1")
+    ended = daybreak("nightly", "model.yaml", "--no-ray", "--set", "nightly.gate.floor=2")
     assert ended.code == 0 and ended.err == ""
-    assert f"{DAYS[2]} held: click@all: AUC 0." in ended.out, "better by 1 is asked for, which no model is"
+    assert f"{DAYS[2]} held: auc: click@all is 0." in ended.out, "an AUC of 2 is asked for, which no model has"
     assert "--backend-store-uri sqlite:///mlflow.db" in ended.out
 
 
@@ -199,7 +199,7 @@ def test_doctor_ends_with_2_when_something_is_not_good(daybreak: Run, tmp_path: 
 
 def test_train_makes_one_day_and_the_second_time_says_so(daybreak: Run, fresh: Path) -> None:
     first = daybreak("train", "model.yaml", "--day", DAYS[0], "--no-ray", "--json")
-    assert first.code == 0 and first.json["trained"] is True and first.json["state"] == "undecided"
+    assert first.code == 0 and first.json["trained"] is True and first.json["state"] == "written"
     again = daybreak("train", "model.yaml", "--day", DAYS[0], "--no-ray", "--json")
     assert again.code == 0 and again.json == first.json | {"trained": False}
     assert f"day {DAYS[0]} is trained already" in again.err
@@ -215,7 +215,14 @@ def test_set_overrides_the_file_as_often_as_it_is_given(daybreak: Run, fresh: Pa
 def test_status_without_checkpoints_says_so(daybreak: Run, fresh: Path) -> None:
     ended = daybreak("status", "model.yaml")
     assert ended.code == 0 and "no day is done yet in" in ended.out and "champion: none" in ended.out
-    assert daybreak("status", "model.yaml", "--json").json == {"model": "tiny", "champion": None, "days": []}
+    assert daybreak("status", "model.yaml", "--json").json == {
+        "model": "tiny",
+        "champion": None,
+        "serving": None,
+        "lock": None,
+        "days": [],
+        "ledger": [],
+    }
 
 
 def test_status_shows_the_days_and_which_one_serves(daybreak: Run, folder: Path) -> None:

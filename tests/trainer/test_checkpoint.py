@@ -176,14 +176,9 @@ def test_who_waits_sketches_default_rows_values_and_statistics_come_back_and_cou
     assert not np.array_equal(rows(found)["item waiting key"], expected["item waiting key"])
 
 
-def test_a_day_is_its_report_its_decision_and_an_identity_of_its_content(
-    store: Checkpoints, learner: Learner, folder: Path
-) -> None:
+def test_a_day_is_its_report_and_an_identity_of_its_content(store: Checkpoints, learner: Learner, folder: Path) -> None:
     first = store.open(DAY)
     assert (first.interval, first.report) == (DAY, REPORT) and store.open(DAY).id == first.id
-    assert store.decision(DAY) is None
-    store.decide(DAY, {"state": "held", "reason": "why"})
-    assert store.decision(DAY) == {"state": "held", "reason": "why"} and store.open(DAY).id == first.id
     save(store, learner, NEXT, REPORT)
     assert store.intervals() == [DAY, NEXT] and store.open(NEXT).id != first.id
     newest = [store.latest(), store.latest(before=NEXT), store.latest(before=DAY)]
@@ -314,13 +309,6 @@ def test_a_file_cut_short_or_gone_is_told_with_the_file(
     assert f"{path}: a checkpoint file is damaged" in refusal(store, config)
     path.unlink()
     assert f"{path}: a checkpoint file is missing\n  -> restore the file from a copy" in refusal(store, config)
-
-
-def test_a_damaged_decision_is_told_with_the_file(store: Checkpoints, folder: Path) -> None:
-    store.decide(DAY, {"state": "promoted"})
-    (folder / "decision.json").write_text('{"state": "prom')
-    with pytest.raises(UserError, match="(?s)decision.json: the day's decision cannot be read.*-> restore.*remove it"):
-        store.decision(DAY)
 
 
 def test_a_checkpoint_of_another_format_is_told(
@@ -498,10 +486,6 @@ def test_a_full_disk_commits_nothing_and_leaves_the_day_before_and_the_space_as_
         assert store.intervals() == [DAY] and shutil.disk_usage(disk).free == leave_kib * 1024
         found = loaded(store, config)
         assert_same(dense(found) | rows(found), expected)
-        fill(disk, leave_kib=0)
-        with pytest.raises(UserError, match=f"(?s)^{disk}.*No space left on device"):
-            store.decide(DAY, {"state": "promoted"})
-        assert store.decision(DAY) is None
         filler.unlink()
         save(store, learner, NEXT, REPORT)
         assert_same(rows(loaded(store, config, NEXT)), rows(learner))

@@ -1,0 +1,66 @@
+"""How a model stands: what happened to each interval and why, which one serves, who runs a night. Reads, and needs no
+lock.
+"""
+
+from typing import Any
+
+from cluster.lock import FOLDER, holder, sign_of_life
+from cluster.morning import day_entry, open_checkpoints, open_ledger, open_storage
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.intervals import Interval
+
+_TOLD = {"state": "state", "since": "at", "reason": "reason"}  # by the names that an entry of the ledger has
+
+
+def status(config: Config) -> dict[str, Any]:
+    """days: those whose model is kept. ledger: where each interval stands that anything is known of. champion: the
+    interval that serves; serving: since when, and who said so. lock: who runs a night now.
+    """
+    checkpoints, ledger = open_checkpoints(config), open_ledger(config)
+    committed, champion = checkpoints.intervals(), ledger.champion()
+    stands = {interval: ledger.state(interval) or {} for interval in sorted({*committed, *ledger.intervals()})}
+    return {
+        "model": config.name,
+        "champion": champion.interval.name if champion else None,
+        "serving": {"since": champion.since, "by": champion.by, "reason": champion.reason} if champion else None,
+        "lock": lock_holder(config),
+        "days": [day_entry(checkpoints, ledger, interval, False) for interval in committed],
+        "ledger": [
+            {"day": interval.name} | {key: entry.get(of) for key, of in _TOLD.items()}
+            for interval, entry in stands.items()
+        ],
+    }
+
+
+def lock_holder(config: Config) -> dict[str, Any] | None:
+    """Who holds the model's lock, or None."""
+    storage = open_storage(config).within(FOLDER)
+    claim = holder(storage)
+    if claim is None:
+        return None
+    where = {"pid": claim.process.pid, "host": claim.process.host}
+    return {"verb": claim.verb, "since": claim.since, "sign_of_life": sign_of_life(storage, claim)} | where
+
+
+def history(config: Config, interval: Interval) -> list[dict[str, Any]]:
+    """All that happened to an interval, oldest first."""
+    ledger = open_ledger(config)
+    entries = ledger.entries(interval)
+    if not entries:
+        got = ", ".join(map(str, ledger.intervals())) or "none"
+        raise UserError(f"nothing is known of {interval.words}", open_storage(config).path, got=got)
+    return entries
+
+
+def verify(config: Config, interval: Interval | None) -> list[dict[str, Any]]:
+    """Read the files of every kept checkpoint again, or of one: which are as they were written, and what is wrong."""
+    checkpoints = open_checkpoints(config)
+    found = []
+    for each in checkpoints.intervals() if interval is None else [interval]:
+        try:
+            checkpoints.verify(checkpoints.open(each))
+            found.append({"day": each.name, "ok": True, "error": None})
+        except UserError as error:
+            found.append({"day": each.name, "ok": False, "error": str(error)})
+    return found
