@@ -107,10 +107,13 @@ class Telling:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self._place.tellings += 1
-            self._place.beats = beats()
-            self._tell(replace(self._place))
+            self._tell_now()
             self._ended.wait(TELL_EVERY_S)
+
+    def _tell_now(self) -> None:
+        self._place.tellings += 1
+        self._place.beats = beats()
+        self._tell(replace(self._place))
 
     def __enter__(self) -> "Telling":
         self._thread.start()
@@ -119,6 +122,7 @@ class Telling:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._tell_now()
 
 
 @dataclass(frozen=True)

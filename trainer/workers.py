@@ -100,14 +100,36 @@ def run_on_ray(
         os.environ.setdefault(name, value)
     import ray
 
-    ours = not ray.is_initialized()
-    if ours:
-        _start(workers[1])
-    try:
-        return _rounds(job, on_event, workers, max_failures, hang_s, wait_s, ours)
-    finally:
+    failures = _Failures(max_failures, on_event)
+    while True:
+        ours = not ray.is_initialized()
         if ours:
-            ray.shutdown()
+            _start(workers[1])
+        alone = ours and not os.environ.get("RAY_ADDRESS")
+        try:
+            return _rounds(job, on_event, workers, failures, hang_s, wait_s, alone)
+        except ray.exceptions.RayError as error:
+            if not alone:
+                raise ClusterError(f"the Ray cluster was lost: {_shortly(error)}") from error
+            failures.add(f"Ray itself was lost: {_shortly(error)}")
+        finally:
+            if ours:
+                ray.shutdown()
+
+
+class _Failures:
+    """What was lost so far: more than `most` times end all."""
+
+    def __init__(self, most: int, on_event: Callable[[Event], None]):
+        self._most, self._on_event, self._texts = most, on_event, list[str]()
+
+    def add(self, text: str) -> None:
+        self._texts.append(text)
+        if len(self._texts) > self._most:
+            times = "once" if len(self._texts) == 1 else f"{len(self._texts)} times"
+            told = "\n".join(f"  {number}. {text}" for number, text in enumerate(self._texts, 1))
+            raise ClusterError(f"workers were lost {times}, and nightly.max_failures is {self._most}\n{told}")
+        self._on_event({"event": "lost", "text": text})
 
 
 def _start(num_workers: int) -> None:
@@ -130,51 +152,47 @@ def _rounds(
     job: Job,
     on_event: Callable[[Event], None],
     workers: tuple[int, int],
-    max_failures: int,
+    failures: "_Failures",
     hang_s: float,
     wait_s: float,
-    ours: bool,
+    alone: bool,
 ) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    (least, most), needs, lost = workers, needs_of_a_worker(), list[str]()
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = ray.remote(_Desk).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    desk = desk.remote(needs, most)
-    started = time.monotonic()
+    """Rounds until the job is done. alone: nobody else uses this cluster."""
+    (least, most), needs = workers, needs_of_a_worker()
+    desk = _open_desk(needs, most)
+    free_from = time.monotonic()
     while True:
-        patience_s = wait_s - (time.monotonic() - started)
-        say = partial(_say, on_event, "waiting")
-        num_workers = wait_for_workers(least, most, needs, max(0.0, patience_s), say)
+        left_s = max(0.0, wait_s - (time.monotonic() - free_from))
+        say = partial(_say, on_event)
+        num_workers = wait_for_workers(least, most, needs, left_s, say)
         round_ = _Round(job, desk, num_workers, needs, hang_s)
         ended = round_.run(on_event)
         if isinstance(ended, dict) and ended["error"]:
             raise UserError(ended["error"])
         if isinstance(ended, dict) and not ended["again"]:
             return ended["result"]
+        if isinstance(ended, str) and alone:
+            remove_reservations()
         if round_.begun:
-            started = time.monotonic()
-        if isinstance(ended, str):
-            if ours and not os.environ.get("RAY_ADDRESS"):
-                remove_reservations()
-            if round_.begun:
-                lost.append(ended)
-                _check_failures(lost, max_failures)
-            elif time.monotonic() - started > wait_s:
-                raise ClusterError(f"workers do not start: {ended}")
-            _say(on_event, "lost", ended)
+            free_from = time.monotonic()
+            if isinstance(ended, str):
+                failures.add(ended)
+        elif left_s == 0.0:
+            raise ClusterError(f"workers do not start: {ended}")
 
 
-def _check_failures(lost: list[str], max_failures: int) -> None:
-    if len(lost) > max_failures:
-        times = "once" if len(lost) == 1 else f"{len(lost)} times"
-        told = "\n".join(f"  {number}. {text}" for number, text in enumerate(lost, 1))
-        raise ClusterError(f"workers were lost {times}, and nightly.max_failures is {max_failures}\n{told}")
+def _open_desk(needs: dict[str, float], most: int) -> Any:
+    """The driver's actor, on its own node: others may be lost."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    restarted = {"max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here, **restarted).remote(needs, most)
 
 
-def _say(on_event: Callable[[Event], None], what: str, text: str) -> None:
-    on_event({"event": what, "text": text})
+def _say(on_event: Callable[[Event], None], text: str) -> None:
+    on_event({"event": "waiting", "text": text})
 
 
 class _Round:
@@ -250,25 +268,22 @@ class _Round:
         self._over.set()
 
     def _what(self, error: BaseException) -> str:
-        """What happened to a round, in a line: who was lost where, and else who failed with what."""
+        """What happened to a round: who was lost where, or else who failed with what, and its traceback."""
         import ray
         import ray.exceptions
 
-        with contextlib.suppress(Exception):
+        places = dict[int, Place]()
+        with contextlib.suppress(ray.exceptions.RayError):
             places = {place.rank: place for place in ray.get(self._desk.places.remote(self._name))}
-            failures = getattr(error, "worker_failures", {})
-            died, failed = [], []
-            for rank, failure in failures.items():
-                cause = getattr(failure, "health_check_failure", failure)
-                who = places[rank].who if rank in places else f"worker {rank}"
-                where = f" {places[rank].where}" if rank in places else ""
-                if isinstance(cause, ray.exceptions.RayError):
-                    died.append(f"{who} was lost{where}: {_shortly(cause)}")
-                else:
-                    failed.append(f"{who} failed{where}: {_shortly(cause)}")
-            if died or failed:
-                return "; ".join(died or failed)
-        return _shortly(error)
+        died, failed = [], []
+        for rank, failure in getattr(error, "worker_failures", {}).items():
+            cause = getattr(failure, "health_check_failure", failure)
+            who, where = (places[rank].who, places[rank].where) if rank in places else (f"worker {rank}", "starting")
+            if isinstance(cause, ray.exceptions.RayError):
+                died.append(f"{who} was lost {where}: {_shortly(cause)}")
+            else:
+                failed.append(f"{who} failed {where}: {type(cause).__name__}: {_shortly(cause)}\n{error}")
+        return "; ".join(died) or "".join(failed[:1]) or _shortly(error)
 
     def _watch(self) -> None:
         """Look at the workers until the round is over: who hangs is ended, and where a node is gone, everybody is."""
@@ -294,7 +309,7 @@ class _Round:
 
 
 def _shortly(error: BaseException) -> str:
-    """The line of an error that says most: of a lost process how it ended, without Ray's advice."""
+    """An error in a line; of a lost process how it ended, without Ray's advice."""
     text = str(error)
     if found := re.search(r"Worker exit detail: (.*?\.)(?: Some common causes| There are some|\n|$)", text):
         return found[1]
