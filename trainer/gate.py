@@ -198,10 +198,10 @@ CHECKS: dict[str, Check] = {
     "values": check_values,
     "ids": check_ids,
     "labels": check_labels,
+    "experts": check_experts,
     "auc": check_auc,
     "champion": check_champion,
     "calibration": check_calibration,
-    "experts": check_experts,
     "norms": check_norms,
     "loss": check_loss,
 }

@@ -53,7 +53,7 @@ def check_rows(days: Days) -> Iterator[str]:
     few = len(counts) < _WEEK  # nobody knows yet what weekends are like
     weekdays = _on_the_same_weekday(days)
     if _is_odd(rows, counts, factor**2 if few else factor, days) and (
-        len(weekdays) < _WEEKS or _is_odd(rows, weekdays, factor**2, days)
+        len(weekdays) < _WEEKS or _is_odd(rows, weekdays, factor, days)
     ):
         middle = median(counts)
         yield f"{rows:,} rows, {rows / middle:.2g} times the usual {middle:,.0f}"
@@ -252,7 +252,7 @@ def check_loss(days: Days) -> Iterator[str]:
         near = abs(normal.high)
         chance = near * _relative_error(days.today, task)
         if excess(loss, normal) > allowed((days.settings.loss - 1) * near, days.settings.sigmas, normal.spread, chance):
-            yield f"the loss of {task} in training is {loss / near:.3g} times the usual, at the rate of its label"
+            yield f"{task} in training is {loss / near:.3g} times the usual: {get(days.today, 'losses', task):.4g}"
 
 
 def _loss(report: Report, task: str) -> float | None:
