@@ -6,6 +6,7 @@
     gate        judge the day's report                                        ledger: gated, with what was judged
     MLflow      the day's run, its version
     promote     champion.json in one write, then the alias                    ledger: promoted | held
+    prune       checkpoints that are too old are removed
 
 Each step finds what an earlier one, killed in the middle, had done: so the same command goes on from anywhere, and the
 ledger ends as that of an undisturbed night.
@@ -25,7 +26,7 @@ from trainer.gate import Decision, Past, judge, look_back
 from trainer.intervals import Interval
 from trainer.ledger import Champion, Entry, Ledger
 from trainer.pictures import days_picture, gates_picture
-from trainer.retention import remove
+from trainer.retention import prune, remove
 from trainer.storage import Storage
 from trainer.tracking import Tracking
 from trainer.workers import Event
@@ -118,6 +119,8 @@ class Morning:
             self._finishing = interval
             self._finish(self._checkpoints.open(interval))
             self._finishing = None
+        if open_ones:
+            self._prune()
 
     def _way(self, interval: Interval) -> list[tuple[str, str]]:
         """The states that lead to the commit, with their reasons: the same ones whoever enters them, and when."""
@@ -148,6 +151,13 @@ class Morning:
             self._ledger.move_champion(interval, "gate", decision.reason)
             self.tracking.set_alias("champion", version)
         self._ledger.record(interval, decision.state, decision.reason, run_id=run_id, version=version)
+
+    def _prune(self) -> None:
+        """Remove checkpoints that are older than is wanted, never the champion."""
+        settings, champion = self._config.checkpoints, self._ledger.champion()
+        keep = [champion.interval] if champion else []
+        days, bases = settings.keep_days, settings.keep_bases
+        self._checkpoints.stored(lambda: prune(self._checkpoints, keep_days=days, keep_bases=bases, keep=keep))
 
     def _catch_up(self, interval: Interval) -> None:
         """What led to the manifest and was not told, because driver or worker was killed. What was entered before a
