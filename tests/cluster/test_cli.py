@@ -5,8 +5,11 @@ allowed, the logs themselves for what predict copies, and the night's own report
 """
 
 import datetime
+import json
 import math
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -18,6 +21,9 @@ from conftest import Ended, Run
 
 import cluster.doctor
 from cluster import cli
+from cluster.lock import Lock
+from trainer.storage import Storage
+from trainer.tracking import Tracking
 
 CONFIG = """
 name: tiny
@@ -37,6 +43,8 @@ tracking: {mlflow: "sqlite:///mlflow.db"}
 checkpoints: {path: checkpoints}
 """
 DAYS = ["2026-11-01", "2026-11-02", "2026-11-03"]
+GENEROUS = ("--set", "nightly.gate={addresses: [click@all], floor: null, tolerance: null, paired_tolerance: null}")
+STANDS = {"state": "state", "since": "at", "reason": "reason"}
 SIMULATE = f"simulate . --days 3 --rows-per-day 800 --users 60 --items 40 --start {DAYS[0]}".split()
 
 
@@ -182,7 +190,8 @@ def test_our_own_fault_is_not_dressed_up(daybreak: Run, monkeypatch: pytest.Monk
 def test_help_names_every_verb(daybreak: Run) -> None:
     ended = daybreak("--help")
     assert ended.code == 0
-    assert all(verb in ended.out for verb in ("doctor", "simulate", "train", "nightly", "predict", "status"))
+    verbs = "doctor simulate train nightly predict export evaluate status promote rollback verify".split()
+    assert all(verb in ended.out for verb in verbs)
 
 
 # Verbs.
@@ -231,6 +240,89 @@ def test_status_shows_the_days_and_which_one_serves(daybreak: Run, folder: Path)
     assert [(day["day"], day["trained"]) for day in days] == [(DAYS[0], False), (DAYS[1], False)]
     promoted = [day["day"] for day in days if day["state"] == "promoted"]
     assert ended.json["champion"] == promoted[-1] and f"champion: {promoted[-1]}" in ended.err
+
+
+def test_status_tells_where_each_day_stands_since_when_and_why(daybreak: Run, folder: Path) -> None:
+    ledger = folder / "checkpoints" / "tiny" / f"day={DAYS[1]}" / "ledger.json"
+    entries = json.loads(ledger.read_text())["entries"]
+    ended = daybreak("status", "model.yaml", "--json")
+    assert [of["day"] for of in ended.json["ledger"]] == DAYS[:2]
+    last = entries[-1]
+    assert ended.json["ledger"][1] == {k: last[of] for k, of in STANDS.items()} | {"day": DAYS[1]}
+    assert last["at"] in ended.err and ended.json["lock"] is None
+    (folder / "checkpoints" / "tiny" / f"day={DAYS[2]}").mkdir()
+    failed = [{"state": "planned", "at": "t0", "reason": ""}, {"state": "failed", "at": "t1", "reason": "[disk] full"}]
+    (folder / "checkpoints" / "tiny" / f"day={DAYS[2]}" / "ledger.json").write_text(json.dumps({"entries": failed}))
+    words = daybreak("status", "model.yaml").out
+    assert all(word in words for word in (DAYS[2], "failed", "[disk] full")) and "running" not in words
+    one = daybreak("status", "model.yaml", "--day", DAYS[1], "--json")
+    assert one.json["entries"] == entries and all(entry["state"] in one.err for entry in entries)
+    none = daybreak("status", "model.yaml", "--day", "2020-01-01")
+    assert none.code == 2 and "nothing is known of day 2020-01-01" in none.err
+
+
+def test_who_holds_the_lock_is_told_by_status_and_to_those_who_are_refused(daybreak: Run, folder: Path) -> None:
+    with Lock(Storage(str(folder / "checkpoints" / "tiny" / "lock")), "nightly"):
+        ended = daybreak("status", "model.yaml", "--json")
+        who = f"nightly, process {os.getpid()} on {socket.gethostname()}, since {ended.json['lock']['since']}"
+        assert ended.json["lock"]["pid"] == os.getpid() and f"running: {who}; last heartbeat 0 s ago" in ended.err
+        for verb in ("nightly", "train --day 2026-11-03", "rollback --to 2026-11-01", "promote --day 2026-11-01"):
+            name, *options = verb.split()
+            refused = daybreak(name, "model.yaml", *options, "--json")
+            assert refused.code == 2 and f"another night runs\n  got {who}" in refused.json["error"]
+        for verb in ("verify", f"predict --day {DAYS[2]} --out scores --no-ray"):
+            name, *options = verb.split()
+            assert daybreak(name, "model.yaml", *options).code == 0, "they only read"
+    assert daybreak("status", "model.yaml", "--json").json["lock"] is None
+
+
+def test_rollback_and_promote_say_what_serves_and_predict_and_export_follow(daybreak: Run, folder: Path) -> None:
+    daybreak("nightly", "model.yaml", "--no-ray", *GENEROUS)
+    before = daybreak("status", "model.yaml", "--json").json
+    assert before["champion"] == DAYS[2] and before["serving"]["by"] == "gate"
+    back = daybreak("rollback", "model.yaml", "--to", DAYS[0], "--json")
+    assert back.code == 0 and (back.json["champion"], back.json["by"]) == (DAYS[0], "rollback")
+    assert (back.json["before"], back.json["before_since"]) == (DAYS[2], before["serving"]["since"])
+    assert f"{DAYS[0]} serves since {back.json['since']} by rollback" in back.err and back.json["alias"] is True
+    assert Tracking("sqlite:///mlflow.db", "tiny").alias("champion").tags["day"] == DAYS[0]
+    predicted = daybreak("predict", "model.yaml", "--day", DAYS[2], "--out", "scores", "--no-ray", "--json")
+    assert predicted.json["trained_through"] == DAYS[0]
+    sets = ("--set", "serving.item=[item_id, price]")
+    assert daybreak("export", "model.yaml", "--out", "served", *sets, "--json").json["trained_through"] == DAYS[0]
+    again = daybreak("rollback", "model.yaml", "--to", DAYS[0])
+    assert f"{DAYS[0]} serves already, since {back.json['since']} by rollback" in again.out
+    forth = daybreak("promote", "model.yaml", "--day", DAYS[1], "--force", "--json")
+    assert (forth.json["champion"], forth.json["by"], forth.json["before"]) == (DAYS[1], "force", DAYS[0])
+    assert f"champion: {DAYS[1]} since {forth.json['since']} by force" in daybreak("status", "model.yaml").out
+    refused = daybreak("rollback", "model.yaml", "--to", "2026-10-01")
+    assert refused.code == 2 and "no checkpoint of day 2026-10-01" in refused.err
+
+
+def test_again_trains_anew_from_a_day_on_and_ends_with_the_same_models(daybreak: Run, folder: Path) -> None:
+    daybreak("nightly", "model.yaml", "--no-ray", *GENEROUS)
+    first = daybreak("status", "model.yaml", "--json").json
+    ended = daybreak("nightly", "model.yaml", "--no-ray", "--again", DAYS[1], *GENEROUS, "--json")
+    assert [day["trained"] for day in ended.json["days"]] == [False, True, True]
+    for day, want in zip(ended.json["days"], first["days"], strict=True):
+        assert {k: day[k] for k in ("metrics", "losses", "ids")} == {k: want[k] for k in ("metrics", "losses", "ids")}
+    entries = daybreak("status", "model.yaml", "--day", DAYS[1], "--json").json["entries"]
+    assert [e["reason"] for e in entries if e["state"] == "dropped"] == [f"nightly --again {DAYS[1]}"]
+    assert daybreak("status", "model.yaml", "--json").json["champion"] == DAYS[2]
+    wrong = daybreak("nightly", "model.yaml", "--no-ray", "--again", "2026-10-01", *GENEROUS)
+    assert wrong.code == 2 and "day 2026-10-01 was never trained" in wrong.err
+
+
+def test_verify_reads_every_file_and_names_the_one_that_is_damaged(daybreak: Run, folder: Path) -> None:
+    ended = daybreak("verify", "model.yaml", "--json")
+    assert ended.code == 0 and ended.json["ok"] is True and [day["day"] for day in ended.json["days"]] == DAYS[:2]
+    [dense] = (folder / "checkpoints" / "tiny" / f"day={DAYS[1]}").rglob("dense.safetensors")
+    content = bytearray(dense.read_bytes())
+    content[len(content) // 2] ^= 1
+    dense.write_bytes(content)
+    ended = daybreak("verify", "model.yaml", "--json")
+    assert ended.code == 2 and [day["ok"] for day in ended.json["days"]] == [True, False]
+    assert f"{DAYS[0]}: every file is as it was written" in ended.err and f"{dense.name}: a checkpoint" in ended.err
+    assert daybreak("verify", "model.yaml", "--day", DAYS[0]).code == 0
 
 
 def test_evaluate_finds_what_the_night_found_on_the_same_day(daybreak: Run, folder: Path) -> None:
