@@ -19,16 +19,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from cluster.morning import Morning, day_entry, lock, open_checkpoints, open_ledger
+from cluster.morning import Morning, day_entry, lock, open_checkpoints, open_ledger, open_storage
 from cluster.promotion import drop
 from trainer.agree import together
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, as_dict
 from trainer.data import DayPlan, Logs
 from trainer.day import run_day
+from trainer.due import due
 from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.learner import Learner, build, check, open_logs
+from trainer.quarantine import keep, sift
 from trainer.saving import Saving
 from trainer.workers import Event, Worker, run_here, run_on_ray
 
@@ -73,7 +75,7 @@ def nightly(
             finally:
                 morning.finish_all()  # also when the night ended early, or a worker was lost before it told of a commit
     trained = {plan.interval for plan in plans}
-    done = [i for i in checkpoints.intervals() if (first is None or i >= first) and (through is None or i <= through)]
+    done = [interval for interval in checkpoints.intervals() if interval.is_within(first, through)]
     return {"model": config.name, "days": [day_entry(checkpoints, ledger, i, i in trained) for i in done]}
 
 
@@ -112,22 +114,12 @@ def pending(
     through: Interval | None,
     again: Interval | None = None,
 ) -> list[DayPlan]:
-    """The intervals to train on: after the newest committed one before `again`, within first .. through. Their footers
-    are read and checked here.
+    """The intervals to train on: after the newest committed one before `again`, within first .. through, their labels
+    complete. Their footers are read and checked here.
     """
-    present = logs.intervals()
     committed = [interval for interval in checkpoints.intervals() if again is None or interval < again]
-    start = max(i for i in (first, committed[-1].next() if committed else present[0]) if i)
-    end = through or present[-1]
-    wanted = [i for i in present if start <= i <= end]
-    if config.nightly.missing_days == "stop":
-        expected = start
-        while expected <= end:
-            if expected not in wanted:
-                got, do = f"days {present[0]} .. {present[-1]}", "deliver it, narrow --from and --through, or set "
-                raise UserError(f"{expected.words} is missing", logs.path, got, do=f"{do}nightly.missing_days=skip")
-            expected = expected.next()
-    return [logs.plan(interval) for interval in wanted]
+    skip, delay_days = config.nightly.missing_days == "skip", config.data.label_delay_days
+    return due(logs, committed, first, through, skip_missing=skip, label_delay_days=delay_days).plans
 
 
 def train(
@@ -164,6 +156,7 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan], mine: Callable
             continue  # committed before the workers were started again
         if worker.more_workers():
             return  # and is called again, with them
+        plan = set_aside(config, worker, logs, plan)
         under_way = saving.begin(plan.interval, _about(config, plan))
         report = run_day(
             saving.learner,
@@ -198,6 +191,20 @@ def _about(config: Config, plan: DayPlan) -> dict[str, Any]:
     learnt_by["train"] = {name: value for name, value in learnt_by["train"].items() if name != "workers"}
     settings = hashlib.sha256(json.dumps(learnt_by, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return {"settings": settings, "rows": plan.num_rows, "delivery": plan.delivery}
+
+
+def set_aside(config: Config, worker: Worker, logs: Logs, plan: DayPlan) -> DayPlan:
+    """The plan without malformed rows and files, where the configuration allows for some; worker 0 keeps them beside
+    the checkpoints.
+    """
+    exchange = worker.exchange
+    if not logs.max_bad_rows:
+        return plan
+    worker.at(plan.interval.name, "check", 0)
+    plan = sift(exchange, logs, plan)
+    place = open_storage(config).within("quarantine")
+    together(exchange, lambda: None if exchange.rank else keep(place, logs, plan))
+    return plan
 
 
 def teller(worker: Worker, plan: DayPlan) -> Callable[[str, int], None]:

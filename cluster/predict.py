@@ -16,6 +16,7 @@ from trainer.day import score_day, shares
 from trainer.intervals import Interval
 from trainer.learner import build, check, fusion_powers, open_logs
 from trainer.predictions import PredictionFile, told
+from trainer.quarantine import sift
 from trainer.step import score_step
 from trainer.workers import Event, Worker
 
@@ -54,15 +55,15 @@ def _measure(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Check
     """What each worker does for evaluate; worker 0 returns the metrics."""
     learner = build(config, worker.exchange, worker.device)
     open_checkpoints(config).load(learner, checkpoint)
-    tell = teller(worker, plan)
-    return score_day(
-        learner, open_logs(config), plan, config.train.batch_size, config.data.lanes, config.data.gauc, tell
-    )
+    tell, logs = teller(worker, plan), open_logs(config)
+    plan = sift(worker.exchange, logs, plan)
+    return score_day(learner, logs, plan, config.train.batch_size, config.data.lanes, config.data.gauc, tell)
 
 
 def _write(worker: Worker, *, config: Config, plan: DayPlan, checkpoint: Checkpoint, out: str) -> int:
     """What each worker does for predict; returns the rows that all of them wrote."""
     exchange, logs = worker.exchange, open_logs(config)
+    plan = sift(exchange, logs, plan)
     learner = build(config, exchange, worker.device)
     graph, powers = learner.graph, fusion_powers(config)
     open_checkpoints(config).load(learner, checkpoint)

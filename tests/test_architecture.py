@@ -14,10 +14,10 @@ ORDER = {
     "embeddings": "pulse table jagged buckets dedupe idmap exchange shared_memory optim kernels pool tallies admission "
     "shard accounts client pooling freeze snapshot rowfile",
     "trainer": "errors intervals storage ledger expressions usual sanity gate config checks configfile pieces lanes "
-    "schema columns hours files folders delivery drift plan data draws numbers features layers bodies "
-    "encoders towers losses heads auxiliary model objective balance health learner counted dense step "
-    "bootstrap metrics facts norms agree checkpoint writing retention saving predictions parts serving "
-    "pictures tracking day watch nodes workers",
+    "schema columns hours files folders delivery drift plan data due late draws numbers features layers "
+    "bodies encoders towers losses heads auxiliary model objective balance health learner counted dense step "
+    "bootstrap metrics facts norms agree quarantine checkpoint writing retention saving predictions parts "
+    "serving pictures tracking day watch nodes workers",
     "tune": "space search fusion",
     "cluster": "simulate lock morning promotion status nightly predict export doctor tables cli",
 }
@@ -38,7 +38,10 @@ DOORS = {
         "embeddings/snapshot.py",
         "embeddings/rowfile.py",
         "trainer/storage.py",
-        *(f"trainer/{name}.py" for name in ("schema", "columns", "hours", "files", "folders", "drift", "data")),
+        *(
+            f"trainer/{name}.py"
+            for name in ("schema", "columns", "hours", "files", "folders", "drift", "data", "quarantine")
+        ),
         "trainer/predictions.py",
         "trainer/checkpoint.py",
         "cluster/simulate.py",

@@ -254,7 +254,7 @@ def _check_numbers(config: Config, where: str) -> None:
     propensities = {name: task.propensity for name, task in config.tasks.items() if task.propensity}
     bounds: dict[str, tuple[float, float, float]] = {
         "data.lanes": (config.data.lanes, 1, 65_536),
-        "data.max_bad_rows": (config.data.max_bad_rows, 0, 1),
+        "data.max_bad_rows": (config.data.max_bad_rows, 0, 0.5),
         "data.label_delay_days": (config.data.label_delay_days, 0, 3650),
         **_workers_bounds(config),
         "nightly.max_failures": (config.nightly.max_failures, 0, 10**6),

@@ -148,6 +148,15 @@ class Logs:
         """
         return self._planner.plan(interval, before)
 
+    @property
+    def parts_days(self) -> bool:
+        """Whether a clock parts the rows of days into hours."""
+        return self.files.clock is not None
+
+    def delivered(self, interval: Interval) -> list[dict[str, Any]]:
+        """What lies in the folder of an interval now, by footers; of an hour that a clock parts, its day."""
+        return self._planner.delivered(interval)
+
     def decode(self, group: RowGroup) -> Batch:
         """One row group as tensors, every value checked."""
         table, rows = self.files.table(group, self.schema.columns)

@@ -23,6 +23,7 @@ from trainer.heads import TaskGraph
 from trainer.learner import Learner
 from trainer.metrics import Evaluation
 from trainer.norms import norms
+from trainer.quarantine import summary
 from trainer.saving import UnderWay
 from trainer.step import score_step, train_step
 
@@ -233,6 +234,9 @@ def run_day(
         "memory_bytes": int(memory.item()),
         **rate,
         **trained,
+        "delivery": list(plan.delivery),
+        "notes": list(plan.notes),
+        "quarantine": summary(plan),
     }
 
 

@@ -67,6 +67,11 @@ class Interval:
         expected, do = "YYYY-MM-DD, or YYYY-MM-DDTHH for an hour", "give a day of the calendar, such as 2026-11-20"
         raise UserError("not a day", where, got=repr(text), expected=expected, do=do)
 
+    def is_within(self, first: "Interval | None", through: "Interval | None") -> bool:
+        """Does it lie between two others, or ends that are open? A day at the end holds all of its hours."""
+        ends = through is None or self <= through or (through.hour is None and self.day == through.day)
+        return ends and (first is None or first <= self)
+
     def __lt__(self, other: "Interval") -> bool:
         return (self.day, -1 if self.hour is None else self.hour) < (
             other.day,

@@ -9,6 +9,7 @@ import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,7 @@ class Planner:
                 do = "deliver a folder an hour, name the column of times in data.time, or set data.period: day"
                 raise UserError("no hours found", self._folders.path, "days without them", expected, do)
             found = [Interval(day, hour) for day, of in hours.items() for hour in of]
-        return [i for i in found if (not first or i >= first) and (not through or i <= through)]
+        return [interval for interval in found if interval.is_within(first, through)]
 
     def missing(self, first: Interval, through: Interval) -> Iterator[Interval]:
         """What is not there between two intervals, although calendar and clock have it. With a clock an hour without a
@@ -113,6 +114,18 @@ class Planner:
         day = self._look(interval)
         rows = [list(file.row_groups) for file in day.files]
         return self._planned(interval, day, rows, before)
+
+    def delivered(self, interval: Interval) -> list[dict[str, Any]]:
+        """What lies in the folder of an interval now, by footers; of an hour that a clock parts, its day."""
+        found = []
+        for path, size in self._folders.files(Interval(interval.day) if self._clock else interval):
+            name = self._folders.name(path, interval)
+            try:
+                file = self._files.look(path, name)
+                found.append(entry(file, file.num_rows))
+            except UserError:
+                found.append(unread(name, size))
+        return found
 
     def _plan_parted(self, interval: Interval, clock: Clock, before: Interval | None) -> DayPlan:
         """The rows of an hour within a day's files. Rows without an hour are told of with the day's first hour."""
@@ -150,8 +163,18 @@ class Planner:
     def _part(self, day: datetime.date) -> _Day:
         """A day's files, their rows parted by the clock; its times are read once."""
         if day not in self._parted:
-            self._parted[day] = self._look(Interval(day))
+            found = self._look(Interval(day))
+            self._check_without_hour(day, found)
+            self._parted[day] = found
         return self._parted[day]
+
+    def _check_without_hour(self, day: datetime.date, found: _Day) -> None:
+        rows = sum(file.num_rows for file in found.files)
+        without = sum(group.without.size for of in found.parted for group in of)
+        if without > self._max_bad_rows * rows:
+            got, expected = f"{without} of {rows} rows", f"at most {self._max_bad_rows:.2%} (data.max_bad_rows)"
+            do = f"{REEXPORT}: data.time_zone is the zone by whose clock days are cut"
+            raise UserError(f"too many rows have {NO_TIME}", self._folders.folder(Interval(day)), got, expected, do)
 
     def _look(self, interval: Interval) -> _Day:
         """The footers of an interval's files and, with a clock, their times; all columns are checked."""

@@ -1,0 +1,83 @@
+"""Which trained intervals were delivered again, or only after a later one was trained: by footers, not by rows."""
+
+import datetime
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data import Logs
+from trainer.delivery import Delivery, differences
+from trainer.intervals import Interval
+from trainer.plan import NoRows
+
+_AT_ONCE = 16  # footers in object stores are waited for, not worked on
+
+
+@dataclass(frozen=True)
+class Late:
+    """what: in words."""
+
+    interval: Interval
+    what: str
+
+
+def late(logs: Logs, trained: Mapping[Interval, Delivery]) -> list[Late]:
+    """What came late, in order. trained: what was delivered of each interval when it was trained. Days whose files are
+    no longer there are left alone. A model that goes back trains anew from the first of these on.
+    """
+    if not trained:
+        return []
+    days = sorted({interval.day for interval in trained})
+    found = _late_hours(logs, trained, days) if logs.parts_days else _late_folders(logs, trained)
+    return sorted(found, key=lambda each: each.interval)
+
+
+def _late_folders(logs: Logs, trained: Mapping[Interval, Delivery]) -> list[Late]:
+    """Of days, or of hours that have folders."""
+    present = logs.intervals(min(trained), max(trained))
+    known = [interval for interval in present if trained.get(interval)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        now = dict(zip(known, pool.map(logs.delivered, known), strict=True))
+    found = [_compared(interval, trained[interval], now[interval]) for interval in known if now[interval]]
+    return [each for each in found if each] + [_unseen(interval) for interval in present if interval not in trained]
+
+
+def _late_hours(logs: Logs, trained: Mapping[Interval, Delivery], days: list[datetime.date]) -> list[Late]:
+    """Of hours that a clock parts: times are read only of days that have other files than before."""
+    present = [day for day in logs.days() if days[0] <= day <= days[-1]]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        now = dict(zip(present, pool.map(lambda day: logs.delivered(Interval(day)), present), strict=True))
+    found = []
+    for day in present:
+        hours = {interval: delivery for interval, delivery in trained.items() if interval.day == day}
+        if not now[day] or _files(now[day]) == _files(file for of in hours.values() for file in of):
+            continue
+        for interval in sorted({*hours, *logs.intervals(Interval(day, 0), Interval(day, 23))}):
+            if interval in hours:
+                found.append(_compared(interval, hours[interval], _of_hour(logs, interval)))
+            elif interval < max(trained):
+                found.append(_unseen(interval))
+    return [each for each in found if each]
+
+
+def _files(delivery: Iterable[Mapping[str, Any]]) -> set[tuple[Any, ...]]:
+    """Those that have rows."""
+    return {(file["file"], file["bytes"], file["footer"]) for file in delivery if file["rows"]}
+
+
+def _of_hour(logs: Logs, interval: Interval) -> Delivery:
+    try:
+        return logs.plan(interval).delivery
+    except NoRows:
+        return []
+
+
+def _compared(interval: Interval, before: Delivery, now: Delivery) -> Late | None:
+    changed = differences(before, now)
+    more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return Late(interval, f"delivered again: {', '.join(changed[:3])}{more}") if changed else None
+
+
+def _unseen(interval: Interval) -> Late:
+    return Late(interval, "delivered only after a later one was trained")
