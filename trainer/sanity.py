@@ -219,7 +219,7 @@ def _growth(days: Days, path: tuple[str, ...], factor: float | None, rows: int |
     known = [each for each in logs if each is not None]
     growth = max((after - before for before, after in pairwise(known)), default=0.0)
     chance = rows**-0.5 if rows else 0.0
-    limit = max(2 * growth, allowed(math.log(factor), days.settings.sigmas, normal.spread, chance))
+    limit = max(2 * growth, allowed(math.log(factor), days.settings.sigmas, chance))
     if excess(value, normal) <= limit:
         return 0.0, 0.0, 0.0
     return math.exp(value - normal.high), math.exp(value), math.exp(normal.high)
