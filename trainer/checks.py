@@ -13,6 +13,7 @@ from embeddings.tallies import IMPRESSIONS, SIGHTINGS
 from trainer.config import Config, DataConfig, FeatureConfig, PositionConfig, TaskConfig
 from trainer.errors import CORRECT, UserError, nearest
 from trainer.expressions import parse
+from trainer.usual import GateConfig
 
 _NAME = re.compile(r"\w[\w.-]*")
 
@@ -248,6 +249,27 @@ def _of_checkpoints(config: Config) -> dict[str, tuple[float, float]]:
     return {name: (getattr(config.checkpoints, name), low) for name, low in lowest.items()}
 
 
+def _gate_bounds(gate: GateConfig) -> dict[str, tuple[float, float, float]]:
+    """Each setting's value, lowest and highest: factors begin with 1, shares end with it."""
+    factors = ("calibration", "rows", "labels", "loss", "dense_norm", "row_norm")
+    shares = ("tolerance", "floor", "paired_tolerance", "nulls", "new_ids", "dead_units")
+    wide = {name: (1.0, 1e9) for name in factors} | {name: (0.0, 1.0) for name in shares} | {"values": (0.0, 1e9)}
+    bounds = {
+        f"nightly.gate.{name}": (value, *ends)
+        for name, ends in wide.items()
+        if (value := getattr(gate, name)) is not None
+    }
+    bounds |= {"nightly.gate.trailing": (gate.trailing, 1, 10_000), "nightly.gate.sigmas": (gate.sigmas, 0, 1e6)}
+    bounds |= {
+        "nightly.gate.history": (gate.history, 1, gate.trailing),
+        "nightly.gate.least_rows": (gate.least_rows, 1, 1e18),
+    }
+    for address, (low, high) in gate.calibration_bounds.items():
+        bounds[f"nightly.gate.calibration_bounds.{address}.0"] = (low, 1e-9, 1e9)
+        bounds[f"nightly.gate.calibration_bounds.{address}.1"] = (high, low, 1e9)
+    return bounds
+
+
 def _check_numbers(config: Config, where: str) -> None:
     """Bounds that types do not say."""
     rows = {name: v for name, v in dataclasses.asdict(config.train.rows).items() if name != "optimizer"}
@@ -279,6 +301,7 @@ def _check_numbers(config: Config, where: str) -> None:
         **{f"train.rows.{n}": (rows[n] or 0.0, 0, 0.999999) for n in ("beta1", "beta2")},
         **{f"tables.{n}.{key}": bound for n, t in config.tables.items() for key, bound in _table_bounds(t).items()},
         "train.dense.lr": (config.train.dense.lr, 0, 10**6),
+        **_gate_bounds(config.nightly.gate),
         "number of tables": (len(config.tables), 0, MAX_TABLES),
     }
     for n, table in config.tables.items():

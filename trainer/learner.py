@@ -264,7 +264,9 @@ def check(config: Config) -> None:
     _balance(config, graph)
     addresses = graph.addresses
     events = [address for address, kind in addresses.items() if kind == "binary"]
-    wanted = {"nightly.gate.addresses": (config.nightly.gate.addresses, events)}
+    gate = config.nightly.gate
+    wanted = {"nightly.gate.addresses": (gate.addresses, events)}
+    wanted["nightly.gate.calibration_bounds"] = (tuple(gate.calibration_bounds), list(addresses))
     wanted["fusion.powers"] = (tuple(config.fusion.powers), list(addresses))
     for place, (names, known) in wanted.items():
         for name in names:

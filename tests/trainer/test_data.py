@@ -518,6 +518,13 @@ def side_by_side(tmp_path: Path, *columns: pa.Array, max_len: int = 3) -> Batch:
     return logs.decode(logs.plan(TODAY).row_groups[0])
 
 
+def test_a_row_without_a_user_is_somebody_of_its_own(tmp_path: Path) -> None:
+    users = one_column(tmp_path, pa.array([7, None, 7, None, 9]), user="x").users_B
+    assert users is not None
+    first, second, third, fourth, fifth = users.tolist()
+    assert (first, third, fifth) == (7, 7, 9) and len({7, 9, second, fourth}) == 4
+
+
 def test_lists_of_equal_length_are_read_side_by_side_and_null_is_as_empty(tmp_path: Path) -> None:
     items = [[1, 2, 3, 4], [], None, [5], None]
     batch = side_by_side(tmp_path, pa.array(items), pa.array([["v", "w", "x", "y"], None, [], ["z"], None]))
