@@ -45,8 +45,8 @@ def _of_table(shard: Shard, table: str) -> list[float]:
     share = rows / max(pool.ids.num_rows, 1)
     free = share * (pool.ids.capacity_rows - pool.ids.num_rows - len(pool.tables))
     counts = [shard.counts[name][t] for name in COUNTS]
-    now, waiting = shard.periods.now, shard.waiting.ids
-    seen = [int((ids.seen_R[ids.rows(t)] == now).sum()) for ids in (pool.ids, waiting)]
+    waiting = shard.waiting.ids
+    seen = [int(shard.seen_today(ids, ids.rows(t)).sum()) for ids in (pool.ids, waiting)]
     return [*counts, int(waiting.num_rows_T[t]), *seen, rows, free, share * pool.memory_bytes]
 
 

@@ -129,6 +129,10 @@ class Shard:
             return np.zeros((rows_U.size, 0), np.float32)
         return self.ledger.read(pool.ids, rows_U)[:, 1:].copy()
 
+    def seen_today(self, ids: IdMap, rows: Int64s) -> NDArray[np.bool_]:
+        """Which of the rows were seen today. (A day has two periods where a snapshot of it was loaded.)"""
+        return self.periods.ages()[ids.seen_R[rows]] == 0
+
     def _sum_statistics(self, table: str) -> Floats:
         """A table's statistics over all of its ids and workers, as today began: [S] (collective). They are summed up in
         whole 2^-20ths, so that the order of the rows does not matter.

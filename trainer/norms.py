@@ -34,9 +34,7 @@ def squares(shard: Shard, table: str) -> tuple[float, float]:
     """Over this worker's rows of a table that were seen today: the sum of the squares, and of how many numbers."""
     pool = shard.pool_of(table)
     rows = pool.ids.rows(shard.number[table])
-    rows = rows[
-        shard.periods.ages()[pool.ids.seen_R[rows]] == 0
-    ]  # in a shard that was loaded a day may have two periods
+    rows = rows[shard.seen_today(pool.ids, rows)]
     rows = rows[np.argsort(pool.ids.key_R[rows])]  # sums in one order, wherever the rows lie
     return float(pool.lookup(rows).double().square().sum()), float(rows.size * pool.dim)
 
