@@ -1,7 +1,6 @@
 """Which trained intervals were delivered again, or only after a later one was trained: by footers, not by rows."""
 
-import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,30 +21,36 @@ class Late:
     what: str
 
 
-def late(logs: Logs, trained: Mapping[Interval, Delivery]) -> list[Late]:
-    """What came late, in order. trained: what was delivered of each interval when it was trained. Days whose files are
-    no longer there are left alone. A model that goes back trains anew from the first of these on.
+def late(logs: Logs, trained: Mapping[Interval, Delivery], known: Collection[Interval]) -> list[Late]:
+    """What came late, in order. trained: what was delivered of each interval when it was trained; known: all intervals
+    that ever were, also those whose checkpoint was removed. Days whose files are no longer there are left alone.
+
+    A model that is to know what came late is trained anew from the first of these on.
     """
     if not trained:
         return []
-    days = sorted({interval.day for interval in trained})
-    found = _late_hours(logs, trained, days) if logs.parts_days else _late_folders(logs, trained)
+    found = _late_hours(logs, trained, known) if logs.parts_days else _late_folders(logs, trained, known)
     return sorted(found, key=lambda each: each.interval)
 
 
-def _late_folders(logs: Logs, trained: Mapping[Interval, Delivery]) -> list[Late]:
+def _late_folders(logs: Logs, trained: Mapping[Interval, Delivery], known: Collection[Interval]) -> list[Late]:
     """Of days, or of hours that have folders."""
-    present = logs.intervals(min(trained), max(trained))
-    known = [interval for interval in present if trained.get(interval)]
+    asked = [i for i in logs.intervals(min(trained), max(trained)) if trained.get(i) or i not in known]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        now = dict(zip(known, pool.map(logs.delivered, known), strict=True))
-    found = [_compared(interval, trained[interval], now[interval]) for interval in known if now[interval]]
-    return [each for each in found if each] + [_unseen(interval) for interval in present if interval not in trained]
+        now = dict(zip(asked, pool.map(logs.delivered, asked), strict=True))
+    found = []
+    for interval in (interval for interval in asked if now[interval]):
+        if interval in trained:
+            found.append(_compared(interval, trained[interval], now[interval]))
+        elif any(file["rows"] for file in now[interval]):
+            found.append(_unseen(interval))
+    return [each for each in found if each]
 
 
-def _late_hours(logs: Logs, trained: Mapping[Interval, Delivery], days: list[datetime.date]) -> list[Late]:
+def _late_hours(logs: Logs, trained: Mapping[Interval, Delivery], known: Collection[Interval]) -> list[Late]:
     """Of hours that a clock parts: times are read only of days that have other files than before."""
-    present = [day for day in logs.days() if days[0] <= day <= days[-1]]
+    first, newest = min(trained), max(trained)
+    present = [day for day in logs.days() if first.day <= day <= newest.day]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         now = dict(zip(present, pool.map(lambda day: logs.delivered(Interval(day)), present), strict=True))
     found = []
@@ -54,9 +59,9 @@ def _late_hours(logs: Logs, trained: Mapping[Interval, Delivery], days: list[dat
         if not now[day] or _files(now[day]) == _files(file for of in hours.values() for file in of):
             continue
         for interval in sorted({*hours, *logs.intervals(Interval(day, 0), Interval(day, 23))}):
-            if interval in hours:
+            if hours.get(interval):
                 found.append(_compared(interval, hours[interval], _of_hour(logs, interval)))
-            elif interval < max(trained):
+            elif first < interval < newest and interval not in known:
                 found.append(_unseen(interval))
     return [each for each in found if each]
 
