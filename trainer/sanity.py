@@ -45,17 +45,17 @@ def check_delivery(days: Days) -> Iterator[str]:
 
 
 def check_rows(days: Days) -> Iterator[str]:
-    """Far fewer or more rows than usual, and than on the same day of other weeks."""
+    """Far fewer or more rows than usual; a weekday that always differs is compared, more loosely, with its like."""
     factor, rows = days.settings.rows, days.today["rows"]
     counts = [report["rows"] for report in days.alike]
     if factor is None or len(counts) < max(days.settings.history, 1):
         return
-    few = len(counts) < _WEEK  # nobody knows yet what weekends are like
-    weekdays = _on_the_same_weekday(days)
-    if _is_odd(rows, counts, factor**2 if few else factor, days) and (
-        len(weekdays) < _WEEKS or _is_odd(rows, weekdays, factor, days)
-    ):
-        middle = median(counts)
+    known = len(counts) >= _WEEK  # else nobody knows yet what weekends are like
+    odd = _is_odd(rows, counts, factor if known else factor**2, days)
+    middle, weekdays = median(counts), _on_the_same_weekday(days)
+    if len(weekdays) >= _WEEKS and abs(math.log(median(weekdays) / middle)) > math.log(factor):
+        odd = odd and _is_odd(rows, weekdays, factor**2, days)
+    if odd:
         yield f"{rows:,} rows, {rows / middle:.2g} times the usual {middle:,.0f}"
 
 
