@@ -200,6 +200,7 @@ class Saving:
         and nothing is committed. Collective.
         """
         self._end_writing()
+        together(self._exchange, self._checkpoints.mine)  # else what is written now would lie about for nobody
         base = told(self._exchange, self._base_is_due())
         attempt, mine = self._retried(lambda: self._write(base))
         parts = gather_json(self._exchange, mine)
