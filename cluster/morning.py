@@ -173,7 +173,7 @@ class Morning:
     def _judge(self, checkpoint: Checkpoint) -> Decision:
         report, gate = checkpoint.report, self._config.nightly.gate
         earlier = [interval for interval in self._checkpoints.intervals() if interval < checkpoint.interval]
-        return judge(report, look_back(map(self._past, reversed(earlier)), report["day"], gate), gate)
+        return judge(report, look_back(reversed(earlier), self._past, report["day"], gate), gate)
 
     def _past(self, interval: Interval) -> Past:
         """An earlier interval, as the gate sees it."""

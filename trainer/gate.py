@@ -6,8 +6,9 @@ rows and weights say is in sanity.py; here, how good the model is.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from trainer.sanity import (
     check_delivery,
@@ -22,6 +23,8 @@ from trainer.sanity import (
     check_values,
 )
 from trainer.usual import Check, Days, GateConfig, Past, Report, Usual, allowed, excess, get, keys, log, past, usual
+
+Earlier = TypeVar("Earlier")
 
 _TOLD = 3  # findings in a reason; of the others only how many
 
@@ -45,7 +48,7 @@ class Decision:
 def judge(today: Report, before: Sequence[Past], settings: GateConfig) -> Decision:
     """Promote, or hold. before: the earlier intervals, oldest first."""
     promoted = [earlier.report for earlier in before if _tells(earlier, settings)]
-    alike = [report for report in promoted if hour(report) == hour(today)][-settings.trailing :]
+    alike = [report for report in promoted if hour(report["day"]) == hour(today["day"])][-settings.trailing :]
     days = Days(today, alike, promoted[-settings.trailing :], before, settings)
     first = (
         not any(earlier.state == "promoted" for earlier in before) and not today["metrics"]
@@ -57,28 +60,34 @@ def judge(today: Report, before: Sequence[Past], settings: GateConfig) -> Decisi
     return Decision("promoted", "the first model" if first else _good(days), tuple(checks))
 
 
-def look_back(newest_first: Iterable[Past], day: str, settings: GateConfig) -> list[Past]:
-    """The earlier intervals that judge needs, oldest first: as many as hold `trailing` promoted ones (of the same
-    hour). No more of them are asked for.
+def look_back(
+    newest_first: Iterable[Earlier], read: Callable[[Earlier], Past], day: str, settings: GateConfig
+) -> list[Past]:
+    """The earlier intervals that judge needs, oldest first: the newest, and those of the same hour, as many of each as
+    hold `trailing` that tell what is usual. No others are read. newest_first: whatever has an interval's name as its
+    text.
     """
     found: list[Past] = []
-    promoted = 0
+    recent = alike = 0
     for earlier in newest_first:
-        if promoted >= settings.trailing:
+        same = hour(str(earlier)) == hour(day)
+        if recent < settings.trailing or (same and alike < settings.trailing):
+            found.append(read(earlier))
+            told = _tells(found[-1], settings)
+            recent, alike = recent + told, alike + (told and same)
+        elif alike >= settings.trailing:
             break
-        found.append(earlier)
-        promoted += _tells(earlier, settings) and hour(earlier.report) == hour({"day": day})
     return found[::-1]
+
+
+def hour(name: str) -> str:
+    """Which hour of the day an interval is, by its name; nothing for a day."""
+    return name.partition("T")[2]
 
 
 def _tells(earlier: Past, settings: GateConfig) -> bool:
     """Whether it tells what is usual: it was promoted, and no trickle of rows such as before a launch."""
     return earlier.state == "promoted" and earlier.report["rows"] >= settings.least_rows
-
-
-def hour(report: Report) -> str:
-    """Which hour of the day it is of, when intervals are hours; else nothing."""
-    return str(report["day"]).partition("T")[2]
 
 
 def _told(findings: Sequence[str], before: Sequence[Past], day: str) -> str:
@@ -95,7 +104,7 @@ def _told(findings: Sequence[str], before: Sequence[Past], day: str) -> str:
 
 
 def _good(days: Days) -> str:
-    what, history = "of its hour " if hour(days.today) else "", days.settings.history
+    what, history = "of its hour " if hour(days.today["day"]) else "", days.settings.history
     if not days.alike:
         return f"nothing speaks against it; not compared, as none {what}with enough rows was promoted before"
     if len(days.alike) < history:

@@ -106,7 +106,8 @@ def night(config: Config, learner: Learner, day: Interval, before: list[Past], r
 
 def decide(report: dict[str, Any], before: list[Past], config: Config) -> Decision:
     gate = config.nightly.gate
-    return judge(report, look_back(reversed(before), report["day"], gate), gate)
+    by_day = {earlier.report["day"]: earlier for earlier in reversed(before)}
+    return judge(report, look_back(by_day, by_day.__getitem__, report["day"], gate), gate)
 
 
 @pytest.fixture(scope="module")

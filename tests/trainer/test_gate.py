@@ -142,17 +142,33 @@ def test_hours_are_compared_with_the_same_hour_of_other_days() -> None:
     assert "none of its hour" in judge(quiet | {"day": quiet["day"] + "T05"}, both, GateConfig()).reason
 
 
+def looked_back(earlier: list[Past], day: str, trailing: int) -> tuple[list[str], int]:
+    """The names of the intervals that look_back gives, and how many it read."""
+    by_name, read = {each.report["day"]: each for each in reversed(earlier)}, []
+
+    def one(name: str) -> Past:
+        read.append(name)
+        return by_name[name]
+
+    found = look_back(by_name, one, day, GateConfig(trailing=trailing))
+    return [each.report["day"] for each in found], len(read)
+
+
 def test_no_more_of_the_past_is_read_than_is_needed() -> None:
-    read = []
+    earlier = [*days(*range(10)), *days(10, 11, state="held"), *days(*range(12, 20))]
+    names = [each.report["day"] for each in earlier]
+    assert looked_back(earlier, "2026-11-22", 10) == (names[8:], 12)
+    assert looked_back(earlier, "2026-11-22", 100) == (names, 20)
 
-    def newest_first() -> Any:
-        for earlier in reversed([*days(*range(10)), *days(10, 11, state="held"), *days(*range(12, 20))]):
-            read.append(earlier)
-            yield earlier
 
-    found = look_back(newest_first(), "2026-11-22", GateConfig(trailing=10))
-    assert [each.report["content"] for each in found] == [f"{day:016x}" for day in range(8, 20)]
-    assert len(read) <= 13
+def test_of_hours_the_newest_and_those_of_the_same_hour_are_read() -> None:
+    earlier = [
+        Past(report() | {"day": f"2026-11-{day:02d}T{hour:02d}"}, "promoted")
+        for day in (1, 2, 3, 4)
+        for hour in range(24)
+    ]
+    found, reads = looked_back(earlier, "2026-11-05T03", 3)
+    assert found == [f"2026-11-{day}" for day in ("02T03", "03T03", "04T03", "04T21", "04T22", "04T23")] and reads == 6
 
 
 def test_the_reason_begins_with_the_cause_and_counts_what_it_leaves_out() -> None:
