@@ -64,6 +64,7 @@ class Morning:
         self._finishing: Interval | None = None
         self._reports: dict[Interval, dict[str, Any]] = {}
         self._training = ""  # the interval that is known to be trained now
+        self.finished: dict[Interval, dict[str, Any]] = {}  # what was decided here; its checkpoint may be gone by now
 
     @cached_property
     def tracking(self) -> Tracking:
@@ -95,19 +96,18 @@ class Morning:
             self._ledger.record(interval, "planned", _PLANNED)
 
     def hear(self, event: Event) -> None:
-        """What the workers tell: the states up to the commit."""
-        if event["event"] == "committed":
-            self._catch_up(Interval.parse(event["day"], "an event of the workers"))
-        elif event["event"] == "progress" and event["phase"] == "train" and event["day"] != self._training:
+        """What the workers tell: that an interval is scored and being trained."""
+        if event["event"] == "progress" and event["phase"] == "train" and event["day"] != self._training:
             self._training = event["day"]
             interval = Interval.parse(event["day"], "an event of the workers")
-            for state, reason in self._way(interval)[1:3]:
+            for state, reason in _way(self._before(interval))[1:3]:
                 self._ledger.record(interval, state, reason)
 
     def finish_all(self, before: Interval | None = None) -> None:
         """Every committed interval (before another) of which nothing is decided yet, in order."""
+        committed = [i for i in self._checkpoints.intervals() if before is None or i < before]
         open_ones = []
-        for interval in reversed([i for i in self._checkpoints.intervals() if before is None or i < before]):
+        for interval in reversed(committed):
             last = self._ledger.state(interval)
             if last and last["state"] == "dropped":  # whoever dropped it was killed before it was gone
                 self._checkpoints.stored(lambda interval=interval: remove(self._checkpoints, interval))  # type: ignore[misc]
@@ -117,33 +117,35 @@ class Morning:
                 open_ones.append(interval)
         for interval in reversed(open_ones):
             self._finishing = interval
-            self._finish(self._checkpoints.open(interval))
+            self._finish(self._checkpoints.open(interval), [i for i in committed if i < interval])
             self._finishing = None
         if open_ones:
             self._prune()
 
-    def _way(self, interval: Interval) -> list[tuple[str, str]]:
-        """The states that lead to the commit, with their reasons: the same ones whoever enters them, and when."""
-        before = max((i for i in self._checkpoints.intervals() if i < interval), default=None)
-        return [
-            ("planned", _PLANNED),
-            ("scored", f"by the model of {before}" if before else "there is no model to score it with"),
-            ("training", f"from the model of {before}" if before else "from the start"),
-            ("written", "its manifest is there"),
-        ]
+    def written(self, interval: Interval, earlier: Sequence[Interval] | None = None) -> None:
+        """An interval is committed: what led to that and was not told, because driver or worker was killed, is entered.
+        What was entered before a later step failed is not entered again. earlier: those that are committed before it.
+        """
+        if not self._ledger.was_written(interval):
+            before = self._before(interval) if earlier is None else max(earlier, default=None)
+            for state, reason in _way(before):
+                self._ledger.record(interval, state, reason)
 
-    def _finish(self, checkpoint: Checkpoint) -> None:
+    def _before(self, interval: Interval) -> Interval | None:
+        return max((i for i in self._checkpoints.intervals() if i < interval), default=None)
+
+    def _finish(self, checkpoint: Checkpoint, earlier: Sequence[Interval]) -> None:
         """From the manifest to the decision."""
         interval = checkpoint.interval
-        self._catch_up(interval)
+        self.written(interval, earlier)
         if not self._entered(interval, "verified"):
             self._checkpoints.verify(checkpoint)
             self._ledger.record(interval, "verified", "every file is as it was written")
         if not self._entered(interval, "gated"):
-            judged = self._judge(checkpoint)
+            judged = self._judge(checkpoint, earlier)
             self._ledger.record(interval, "gated", judged.reason, decision=judged.state)
         decision = self._overruled(interval, self._entered(interval, "gated"))
-        run_id = self._log(checkpoint, decision)
+        run_id = self._log(checkpoint, decision, earlier)
         version = self.tracking.register(
             run_id, tags={"day": interval.name, "checkpoint": checkpoint.id, "state": decision.state}
         )
@@ -151,6 +153,7 @@ class Morning:
             self._ledger.move_champion(interval, "gate", decision.reason)
             self.tracking.set_alias("champion", version)
         self._ledger.record(interval, decision.state, decision.reason, run_id=run_id, version=version)
+        self.finished[interval] = day_entry(checkpoint, self._ledger.state(interval))
 
     def _prune(self) -> None:
         """Remove checkpoints that are older than is wanted, never the champion."""
@@ -159,20 +162,11 @@ class Morning:
         days, bases = settings.keep_days, settings.keep_bases
         self._checkpoints.stored(lambda: prune(self._checkpoints, keep_days=days, keep_bases=bases, keep=keep))
 
-    def _catch_up(self, interval: Interval) -> None:
-        """What led to the manifest and was not told, because driver or worker was killed. What was entered before a
-        later step failed is not entered again.
-        """
-        if not self._ledger.was_written(interval):
-            for state, reason in self._way(interval):
-                self._ledger.record(interval, state, reason)
-
     def _entered(self, interval: Interval, state: str) -> Entry:
         return next((entry for entry in self._ledger.current(interval) if entry["state"] == state), {})
 
-    def _judge(self, checkpoint: Checkpoint) -> Decision:
+    def _judge(self, checkpoint: Checkpoint, earlier: Sequence[Interval]) -> Decision:
         report, gate = checkpoint.report, self._config.nightly.gate
-        earlier = [interval for interval in self._checkpoints.intervals() if interval < checkpoint.interval]
         return judge(report, look_back(reversed(earlier), self._past, report["day"], gate), gate)
 
     def _past(self, interval: Interval) -> Past:
@@ -195,7 +189,7 @@ class Morning:
             return Decision("held", f"a person had {serving.interval} serve when this model was there already")
         return Decision(gated["decision"], gated["reason"])
 
-    def _log(self, checkpoint: Checkpoint, decision: Decision) -> str:
+    def _log(self, checkpoint: Checkpoint, decision: Decision, earlier: Sequence[Interval]) -> str:
         report = checkpoint.report
         counted = flatten({key: value for key, value in report.items() if key != "metrics"})
         metrics = {key.replace(".", "/"): value for key, value in counted.items() if isinstance(value, int | float)}
@@ -213,16 +207,28 @@ class Morning:
             },
             files={
                 "checkpoint/manifest.json": json.dumps(checkpoint.manifest, indent=1).encode(),
-                "days.png": days_picture(self._history(checkpoint.interval), title=self._config.name),
+                "days.png": days_picture(self._history([*earlier, checkpoint.interval]), title=self._config.name),
             }
             | gates,
         )
 
-    def _history(self, through: Interval) -> list[tuple[str, dict[str, float]]]:
-        """The metrics of the newest committed intervals."""
-        newest = [i for i in self._checkpoints.intervals() if i <= through][-_DAYS_IN_PICTURE:]
+    def _history(self, committed: Sequence[Interval]) -> list[tuple[str, dict[str, float]]]:
+        """The metrics of the newest of them."""
+        newest = committed[-_DAYS_IN_PICTURE:]
         self._reports = {i: self._reports.get(i) or self._checkpoints.open(i).report for i in newest}
         return [(i.name, flatten_metrics(report)) for i, report in self._reports.items()]
+
+
+def _way(before: Interval | None) -> list[tuple[str, str]]:
+    """The states that lead to the commit, with their reasons: the same ones whoever enters them, and when. before: the
+    interval whose model it begins with.
+    """
+    return [
+        ("planned", _PLANNED),
+        ("scored", f"by the model of {before}" if before else "there is no model to score it with"),
+        ("training", f"from the model of {before}" if before else "from the start"),
+        ("written", "its manifest is there"),
+    ]
 
 
 def must_have_champion(checkpoints: Checkpoints, ledger: Ledger, before: Interval | None = None) -> Checkpoint:
@@ -254,9 +260,12 @@ def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def day_entry(checkpoints: Checkpoints, ledger: Ledger, interval: Interval, trained: bool) -> dict[str, Any]:
-    """One committed interval as `nightly --json` prints it."""
-    report, last = checkpoints.open(interval).report, ledger.state(interval) or {}
+def day_entry(checkpoint: Checkpoint, stands: Entry | None) -> dict[str, Any]:
+    """One committed interval as `nightly --json` prints it, and where it stands in the ledger."""
     wanted = "day rows seconds samples_per_s workers memory_bytes metrics losses weights gates nulls ids".split()
-    stands = {"state": last.get("state"), "since": last.get("at"), "reason": last.get("reason")}
-    return {key: report[key] for key in wanted} | stands | {"trained": trained}
+    return {key: checkpoint.report.get(key) for key in wanted} | where_it_stands(stands)
+
+
+def where_it_stands(last: Entry | None) -> dict[str, Any]:
+    """state, since and reason of an entry of the ledger."""
+    return {key: (last or {}).get(of) for key, of in (("state", "state"), ("since", "at"), ("reason", "reason"))}

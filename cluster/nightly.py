@@ -51,7 +51,7 @@ def nightly(
     "days": [...]}: one entry a committed interval of the range, in order.
     """
     with lock(config, "nightly") as held:
-        checkpoints, ledger = open_checkpoints(config), open_ledger(config, held.mine)
+        checkpoints, ledger = open_checkpoints(config, held.mine), open_ledger(config, held.mine)
         morning = Morning(config, checkpoints, ledger)
 
         def hear(event: Event) -> None:
@@ -74,9 +74,12 @@ def nightly(
                     train(config, plans, use_ray=use_ray, on_event=hear, mine=held.fence.mine)
             finally:
                 morning.finish_all()  # also when the night ended early, or a worker was lost before it told of a commit
-    trained = {plan.interval for plan in plans}
-    done = [interval for interval in checkpoints.intervals() if interval.is_within(first, through)]
-    return {"model": config.name, "days": [day_entry(checkpoints, ledger, i, i in trained) for i in done]}
+    trained, entries = {plan.interval for plan in plans}, morning.finished
+    for interval in checkpoints.intervals():
+        if interval not in entries:
+            entries[interval] = day_entry(checkpoints.open(interval), ledger.state(interval))
+    days = [entries[i] | {"trained": i in trained} for i in sorted(entries) if i.is_within(first, through)]
+    return {"model": config.name, "days": days}
 
 
 def train_one(
@@ -84,7 +87,7 @@ def train_one(
 ) -> dict[str, Any]:
     """Train on one interval, from the newest checkpoint before it, unless that was done. Returns its entry."""
     with lock(config, "train") as held:
-        checkpoints, ledger = open_checkpoints(config), open_ledger(config, held.mine)
+        checkpoints, ledger = open_checkpoints(config, held.mine), open_ledger(config, held.mine)
         committed = checkpoints.intervals()
         if committed and interval < committed[-1] and interval not in committed:
             raise UserError(
@@ -103,7 +106,9 @@ def train_one(
             with morning.night():
                 morning.plan([interval])
                 train(config, [plan], use_ray=use_ray, on_event=hear, mine=held.fence.mine)
-        return day_entry(checkpoints, ledger, interval, interval not in committed)
+                morning.written(interval)
+        entry = day_entry(checkpoints.open(interval), ledger.state(interval))
+        return entry | {"trained": interval not in committed}
 
 
 def pending(

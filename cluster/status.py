@@ -5,12 +5,10 @@ lock.
 from typing import Any
 
 from cluster.lock import FOLDER, holder, sign_of_life
-from cluster.morning import day_entry, open_checkpoints, open_ledger, open_storage
+from cluster.morning import day_entry, open_checkpoints, open_ledger, open_storage, where_it_stands
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.intervals import Interval
-
-_TOLD = {"state": "state", "since": "at", "reason": "reason"}  # by the names that an entry of the ledger has
 
 
 def status(config: Config) -> dict[str, Any]:
@@ -19,17 +17,14 @@ def status(config: Config) -> dict[str, Any]:
     """
     checkpoints, ledger = open_checkpoints(config), open_ledger(config)
     committed, champion = checkpoints.intervals(), ledger.champion()
-    stands = {interval: ledger.state(interval) or {} for interval in sorted({*committed, *ledger.intervals()})}
+    stands = {interval: ledger.state(interval) for interval in sorted({*committed, *ledger.intervals()})}
     return {
         "model": config.name,
         "champion": champion.interval.name if champion else None,
         "serving": {"since": champion.since, "by": champion.by, "reason": champion.reason} if champion else None,
         "lock": lock_holder(config),
-        "days": [day_entry(checkpoints, ledger, interval, False) for interval in committed],
-        "ledger": [
-            {"day": interval.name} | {key: entry.get(of) for key, of in _TOLD.items()}
-            for interval, entry in stands.items()
-        ],
+        "days": [day_entry(checkpoints.open(i), stands[i]) | {"trained": False} for i in committed],
+        "ledger": [{"day": interval.name} | where_it_stands(entry) for interval, entry in stands.items()],
     }
 
 

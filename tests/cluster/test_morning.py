@@ -142,7 +142,6 @@ class House:
                 self.train(interval)
                 self.registry.step()
                 if told:
-                    morning.hear({"event": "committed", "day": interval.name})
                     morning.finish_all()
             morning.finish_all()
 
