@@ -139,7 +139,7 @@ class Morning:
         interval = checkpoint.interval
         self.written(interval, earlier)
         if not self._entered(interval, "verified"):
-            self._checkpoints.verify(checkpoint)
+            self._checkpoints.verify(checkpoint, own=True)  # the layers below were, when they were new
             self._ledger.record(interval, "verified", "every file is as it was written")
         if not self._entered(interval, "gated"):
             judged = self._judge(checkpoint, earlier)

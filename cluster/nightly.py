@@ -31,6 +31,7 @@ from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.learner import Learner, build, check, open_logs
 from trainer.quarantine import keep, sift
+from trainer.retention import sweep
 from trainer.saving import Saving
 from trainer.workers import Event, Worker, run_here, run_on_ray
 
@@ -60,6 +61,7 @@ def nightly(
                 morning.finish_all()
             on_event(event)
 
+        checkpoints.stored(lambda: sweep(checkpoints))
         with morning.night():
             morning.finish_all(before=again)
             plans = pending(config, open_logs(config), checkpoints, first, through, again)

@@ -100,8 +100,12 @@ class Checkpoints:
 
     def begun(self) -> list[Interval]:
         """The intervals that have a folder, in order, committed or not."""
-        days = [Interval(parse_day(name, f"{self.path}/{_DAY}{name}")) for name in self._below("", _DAY)]
-        return sorted(days + [Interval(i.day, int(hour)) for i in days for hour in self._below(i.folder, _HOUR)])
+        found = []
+        for name in self._below("", _DAY):
+            day = Interval(parse_day(name, f"{self.path}/{_DAY}{name}"))
+            hours = self._below(day.folder, _HOUR)
+            found += [Interval(day.day, int(hour)) for hour in hours] or [day]
+        return sorted(found)
 
     def _below(self, folder: str, prefix: str) -> list[str]:
         """The values of a folder's partitions."""
@@ -211,12 +215,14 @@ class Checkpoints:
 
         return together(exchange, lambda: self.stored(mine))
 
-    def verify(self, checkpoint: Checkpoint) -> int:
+    def verify(self, checkpoint: Checkpoint, *, own: bool = False) -> int:
         """Read every file that a checkpoint needs, and say how many bytes they are. The first that is missing or
-        damaged is a UserError that names it.
+        damaged is a UserError that names it. own: only what its interval wrote, not the layers below.
         """
         size = 0
         for name, entry in checkpoint.files():
+            if own and not name.startswith(f"{checkpoint.interval.folder}/"):
+                continue
             self.stored(lambda name=name, entry=entry: self._check_file(checkpoint, name, entry))  # type: ignore[misc]
             size += entry["bytes"]
         return size

@@ -27,6 +27,16 @@ def clean(checkpoints: Checkpoints, interval: Interval) -> None:
     _keep_only(checkpoints, interval, _needed([current] if current else []))
 
 
+def sweep(checkpoints: Checkpoints) -> None:
+    """Remove what a killed night left behind: in the newest committed interval, and in those that were begun after it.
+    Call it while nobody writes there.
+    """
+    begun, committed = checkpoints.begun(), checkpoints.intervals()
+    for interval in begun if not committed else [each for each in begun if each >= committed[-1]]:
+        clean(checkpoints, interval)
+        checkpoints.storage.within(interval.folder).remove_leftovers()
+
+
 def prune(checkpoints: Checkpoints, *, keep_days: int, keep_bases: int, keep: Collection[Interval] = ()) -> None:
     """Remove the checkpoints that are older than the newest keep_days days, but the newest keep_bases bases among them
     and those of `keep` (the champion). The layers that what is kept needs stay, whosesoever they are.

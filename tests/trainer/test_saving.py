@@ -33,6 +33,7 @@ from trainer.dense import dense_state
 from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.learner import Learner, build, open_logs
+from trainer.retention import sweep
 from trainer.saving import Saving
 from trainer.storage import Storage
 
@@ -62,9 +63,12 @@ def live(
     see: Callable[[Saving, str, int], None] = lambda saving, day, steps: None,
 ) -> dict[str, Any]:
     """A night over all days that are not committed, with snapshots after these steps of each day, killed after a step
-    of a day. Returns what worker 0 then knows of all, and the days' reports.
+    of a day. Returns what then is on the disk, on worker 0 of all, and the days' reports.
     """
     checkpoints, logs = Checkpoints(settings.checkpoints.path, settings.name), open_logs(settings)
+    if exchange.rank == 0:
+        sweep(checkpoints)
+    exchange.all_reduce(torch.zeros(1))
     learner = build(settings, exchange)
     saving = Saving(checkpoints, learner, base_every=base_every, every_s=0, pause_s=0, **(more or {}))
     committed = checkpoints.intervals()
@@ -95,7 +99,8 @@ def live(
             after_step=after_step,
         )
         saving.commit(report)
-    exchange.all_reduce(torch.zeros(1))
+    learner = build(settings, exchange)
+    checkpoints.load(learner, checkpoints.open(checkpoints.intervals()[-1]))
     return told(learner) | {"reports": [checkpoints.open(each).report for each in checkpoints.intervals()]}
 
 
@@ -281,9 +286,7 @@ def test_each_row_is_trained_on_exactly_once_however_often_the_night_is_killed(
             assert night(workers_now, settings, snapshots=snapshots, kill_at=(day, int(step))) is None
     found = night(workers[0], settings)
     assert found is not None and len(found["reports"]) == 3
-    learner, store = build(settings, LocalExchange()), Checkpoints(settings.checkpoints.path, settings.name)
-    store.load(learner, store.open(store.intervals()[-1]))
-    users = known(learner)["user rows"]
+    users = found["rows"]["user rows"]
     expected = occurrences(settings, days=3)
     assert dict(zip(users["key"].tolist(), users["count"].tolist(), strict=True)) == expected
     assert dict(zip(users["key"].tolist(), users["weight"][:, 0].tolist(), strict=True)) == expected
