@@ -49,7 +49,7 @@ def run(
     """
     import torch
 
-    from cluster.nightly import open_checkpoints, pending, train
+    from cluster.nightly import look, open_checkpoints, train
     from cluster.predict import evaluate
     from trainer.configfile import load
     from trainer.intervals import Interval
@@ -64,7 +64,7 @@ def run(
             logged = {name: feature for name, feature in config.features.items() if feature.kind != "id_stats"}
             config = dataclasses.replace(config, features=logged)
         checkpoints = open_checkpoints(config)
-        plans = pending(config, open_logs(config), checkpoints, None, Interval(through))
+        plans = look(config, open_logs(config), checkpoints, None, Interval(through)).plans
         train(config, plans, use_ray=False, on_event=lambda event: None)
         days = [plan.interval for plan in plans if plan.interval.day >= first]
         updated = {str(day): checkpoints.open(day).report["metrics"] for day in days}

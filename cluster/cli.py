@@ -132,6 +132,7 @@ def nightly(
         law = {entry["day"]: law_auc(truth, _day(entry["day"], "--truth")) for entry in report["days"]}
     console.print(days_table(report["days"], law))
     _print_states(console, report["days"])
+    _print_data(console, report)
     _say(console, _how_to_open(settings.tracking.mlflow))
     _finish(as_json, report)
 
@@ -225,6 +226,8 @@ def status(
     champion, holder = found["serving"], found["lock"]
     since = f" since {champion['since']} by {champion['by']}: {champion['reason']}" if champion else ""
     _say(console, f"champion: {found['champion'] or 'none'}{since}")
+    for each in found["late"]:
+        _say(console, f"{each['day']} came late: {each['what']}")
     if holder:
         who = f"{holder['verb']}, process {holder['pid']} on {holder['host']}, since {holder['since']}"
         _say(console, f"running: {who}; {holder['sign_of_life']}")
@@ -381,6 +384,19 @@ def _print_states(console: Console, days: list[dict[str, Any]]) -> None:
     for entry in days:
         if entry["state"] == "held":
             _say(console, f"{entry['day']} held: {entry['reason']}")
+
+
+def _print_data(console: Console, report: dict[str, Any]) -> None:
+    """What is to be known of the days that were delivered."""
+    for entry in report["days"]:
+        for note in entry["notes"]:
+            _say(console, f"{entry['day']}: {note}")
+        if (aside := entry["quarantine"]) and aside["rows"] + aside["files"]:
+            _say(console, f"{entry['day']}: {aside['rows']:,} rows and {aside['files']} files were set aside")
+    for each in report["late"]:
+        _say(console, f"{each['day']} came late: {each['what']}")
+    if report["waiting"]:
+        _say(console, f"waiting for their labels: {', '.join(report['waiting'])}")
 
 
 def _how_to_open(uri: str) -> str:

@@ -263,7 +263,9 @@ def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:
 def day_entry(checkpoint: Checkpoint, stands: Entry | None) -> dict[str, Any]:
     """One committed interval as `nightly --json` prints it, and where it stands in the ledger."""
     wanted = "day rows seconds samples_per_s workers memory_bytes metrics losses weights gates nulls ids".split()
-    return {key: checkpoint.report.get(key) for key in wanted} | where_it_stands(stands)
+    report = checkpoint.report
+    told = {"notes": report.get("notes", []), "quarantine": report.get("quarantine")}
+    return {key: report.get(key) for key in wanted} | told | where_it_stands(stands)
 
 
 def where_it_stands(last: Entry | None) -> dict[str, Any]:

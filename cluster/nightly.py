@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from cluster.late import back_to, come_late, first_after
 from cluster.morning import Morning, day_entry, lock, open_checkpoints, open_ledger, open_storage
 from cluster.promotion import drop
 from trainer.agree import together
@@ -26,7 +27,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import Config, as_dict
 from trainer.data import DayPlan, Logs
 from trainer.day import run_day
-from trainer.due import due
+from trainer.due import Due, due
 from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.learner import Learner, build, check, open_logs
@@ -48,8 +49,9 @@ def nightly(
     use_ray: bool = True,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """Do every interval that is not done; with `again`, throw away the models from that one on first. Returns {"model",
-    "days": [...]}: one entry a committed interval of the range, in order.
+    """Do every interval that is not done; with `again`, throw away the models from that one on first, and so from the
+    first that came late on, where the configuration says so. Returns {"model", "days", "late", "waiting", "skipped"}:
+    days has one entry a committed interval of the range, in order.
     """
     with lock(config, "nightly") as held:
         checkpoints, ledger = open_checkpoints(config, held.mine), open_ledger(config, held.mine)
@@ -63,13 +65,20 @@ def nightly(
 
         checkpoints.stored(lambda: sweep(checkpoints))
         with morning.night():
+            logs = open_logs(config)
+            came_late = come_late(logs, checkpoints, ledger)
+            dropped, reason = again, f"nightly --again {again}"
+            if again is None and config.nightly.late == "retrain" and (back := back_to(came_late, checkpoints, ledger)):
+                again, reason = back.interval, f"nightly.late: {back.interval} was {back.what}"
+                dropped = first_after(checkpoints, again)
             morning.finish_all(before=again)
-            plans = pending(config, open_logs(config), checkpoints, first, through, again)
+            found = look(config, logs, checkpoints, first, through, again)
+            plans = found.plans
             if plans:
                 check(config)  # a body or a database that cannot be made is found out now, not after hours
                 morning.open()
-            if again:
-                drop(config, checkpoints, ledger, again, f"nightly --again {again}")
+            if dropped:
+                drop(config, checkpoints, ledger, dropped, reason)
             morning.plan([plan.interval for plan in plans])
             try:
                 if plans:
@@ -81,7 +90,13 @@ def nightly(
         if interval not in entries:
             entries[interval] = day_entry(checkpoints.open(interval), ledger.state(interval))
     days = [entries[i] | {"trained": i in trained} for i in sorted(entries) if i.is_within(first, through)]
-    return {"model": config.name, "days": days}
+    return {
+        "model": config.name,
+        "days": days,
+        "late": [{"day": each.interval.name, "what": each.what} for each in came_late],
+        "waiting": [str(day) for day in found.waiting],
+        "skipped": [interval.name for interval in found.skipped],
+    }
 
 
 def train_one(
@@ -113,20 +128,20 @@ def train_one(
         return entry | {"trained": interval not in committed}
 
 
-def pending(
+def look(
     config: Config,
     logs: Logs,
     checkpoints: Checkpoints,
     first: Interval | None,
     through: Interval | None,
     again: Interval | None = None,
-) -> list[DayPlan]:
+) -> Due:
     """The intervals to train on: after the newest committed one before `again`, within first .. through, their labels
     complete. Their footers are read and checked here.
     """
     committed = [interval for interval in checkpoints.intervals() if again is None or interval < again]
     skip, delay_days = config.nightly.missing_days == "skip", config.data.label_delay_days
-    return due(logs, committed, first, through, skip_missing=skip, label_delay_days=delay_days).plans
+    return due(logs, committed, first, through, skip_missing=skip, label_delay_days=delay_days)
 
 
 def train(

@@ -4,16 +4,20 @@ lock.
 
 from typing import Any
 
+from cluster.late import come_late
 from cluster.lock import FOLDER, holder, sign_of_life
 from cluster.morning import day_entry, open_checkpoints, open_ledger, open_storage, where_it_stands
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.intervals import Interval
+from trainer.late import Late
+from trainer.learner import open_logs
 
 
 def status(config: Config) -> dict[str, Any]:
     """days: those whose model is kept. ledger: where each interval stands that anything is known of. champion: the
-    interval that serves; serving: since when, and who said so. lock: who runs a night now.
+    interval that serves; serving: since when, and who said so. lock: who runs a night now. late: what was delivered
+    again, or too late, as far as the logs can be read.
     """
     checkpoints, ledger = open_checkpoints(config), open_ledger(config)
     committed, champion = checkpoints.intervals(), ledger.champion()
@@ -25,7 +29,15 @@ def status(config: Config) -> dict[str, Any]:
         "lock": lock_holder(config),
         "days": [day_entry(checkpoints.open(i), stands[i]) | {"trained": False} for i in committed],
         "ledger": [{"day": interval.name} | where_it_stands(entry) for interval, entry in stands.items()],
+        "late": [{"day": each.interval.name, "what": each.what} for each in _late(config)],
     }
+
+
+def _late(config: Config) -> list[Late]:
+    try:
+        return come_late(open_logs(config), open_checkpoints(config), open_ledger(config))
+    except UserError:
+        return []  # how the model stands can be told without its logs
 
 
 def lock_holder(config: Config) -> dict[str, Any] | None:

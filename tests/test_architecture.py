@@ -19,7 +19,7 @@ ORDER = {
     "bootstrap metrics facts norms agree quarantine checkpoint writing retention saving predictions parts "
     "serving pictures tracking day watch nodes workers",
     "tune": "space search fusion",
-    "cluster": "simulate lock morning promotion status nightly predict export doctor tables cli",
+    "cluster": "simulate lock morning promotion late status nightly predict export doctor tables cli",
 }
 
 # Who may import what is large, slow to start, or likely to change under us.

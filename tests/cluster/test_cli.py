@@ -231,6 +231,7 @@ def test_status_without_checkpoints_says_so(daybreak: Run, fresh: Path) -> None:
         "lock": None,
         "days": [],
         "ledger": [],
+        "late": [],
     }
 
 
