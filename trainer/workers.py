@@ -196,17 +196,17 @@ def _say(on_event: Callable[[Event], None], text: str) -> None:
 
 
 class _Round:
-    """One run of Ray Train on a fixed number of workers. begun: whether a worker began its job."""
+    """One run of Ray Train on a fixed number of workers."""
 
     def __init__(self, job: Job, desk: Any, num_workers: int, needs: dict[str, float], hang_s: float):
         self._name = uuid.uuid4().hex[:8]
         self._config = {"job": job, "desk": desk, "round": self._name}
         self._desk, self._num_workers, self._needs = desk, num_workers, needs
         self._hang_s = hang_s
+        self._places: list[Place] = []
         self._ended_for = ""
         self._ended: dict[str, Any] | str = ""
         self._over = threading.Event()
-        self.begun = False
 
     def run(self, on_event: Callable[[Event], None]) -> dict[str, Any] | str:
         """The outcome of worker 0, or what happened to a round that is lost. Events are handed over in this thread, so
@@ -224,10 +224,8 @@ class _Round:
             return self._ended
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
-                places = ray.get(self._desk.places.remote(self._name))
-                self.begun = bool(places)
                 if isinstance(self._ended, str):  # also when it was left before its end: nobody goes on alone
-                    end(places)
+                    end(self._latest())
             for thread in threads:
                 thread.join(_END_S)
 
@@ -267,14 +265,25 @@ class _Round:
             self._ended = self._ended_for or self._what(error)
         self._over.set()
 
+    def _latest(self) -> list[Place]:
+        """Where the workers were last; the desk forgets it when its process is lost."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._places = ray.get(self._desk.places.remote(self._name)) or self._places
+        return self._places
+
+    @property
+    def begun(self) -> bool:
+        """Whether a worker began its job."""
+        return bool(self._latest())
+
     def _what(self, error: BaseException) -> str:
         """What happened to a round: who was lost where, or else who failed with what, and its traceback."""
         import ray
         import ray.exceptions
 
-        places = dict[int, Place]()
-        with contextlib.suppress(ray.exceptions.RayError):
-            places = {place.rank: place for place in ray.get(self._desk.places.remote(self._name))}
+        places = {place.rank: place for place in self._latest()}
         died, failed = [], []
         for rank, failure in getattr(error, "worker_failures", {}).items():
             cause = getattr(failure, "health_check_failure", failure)
@@ -292,6 +301,7 @@ class _Round:
         watchdog, looked, lost = Watchdog(self._hang_s), time.monotonic(), set[str]()
         while not self._over.wait(TELL_EVERY_S):
             with contextlib.suppress(ray.exceptions.RayError):  # the desk starts again by itself
+                self._latest()
                 places = ray.get(self._desk.places.remote(self._name, at_work=True))
                 before, lost = lost, lost_among({place.node for place in places})
                 now = time.monotonic()
@@ -311,6 +321,8 @@ class _Round:
 def _shortly(error: BaseException) -> str:
     """An error in a line; of a lost process how it ended, without Ray's advice."""
     text = str(error)
+    if found := re.search(r"low on memory\..* was (\S+ used / \S+ limit)", text):
+        return f"its node ran out of memory ({found[1]})"
     if found := re.search(r"Worker exit detail: (.*?\.)(?: Some common causes| There are some|\n|$)", text):
         return found[1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
