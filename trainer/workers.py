@@ -51,6 +51,7 @@ _ENVIRONMENT = {
 }
 _COLLECTIVE_TIMEOUT_S = 300
 _POLL_S = 0.2
+_STARTS = 5  # so often in a row may workers not come to life: what the cluster seemed to have was gone again
 _WAIT_S = 900.0
 _END_S = 30.0
 
@@ -159,12 +160,9 @@ def _rounds(
 ) -> Any:
     """Rounds until the job is done. alone: nobody else uses this cluster."""
     (least, most), needs = workers, needs_of_a_worker()
-    desk = _open_desk(needs, most)
-    free_from = time.monotonic()
+    desk, in_vain = _open_desk(needs, most), 0
     while True:
-        left_s = max(0.0, wait_s - (time.monotonic() - free_from))
-        say = partial(_say, on_event)
-        num_workers = wait_for_workers(least, most, needs, left_s, say)
+        num_workers = wait_for_workers(least, most, needs, wait_s, partial(_say, on_event))
         round_ = _Round(job, desk, num_workers, needs, hang_s)
         ended = round_.run(on_event)
         if isinstance(ended, dict) and ended["error"]:
@@ -173,12 +171,11 @@ def _rounds(
             return ended["result"]
         if isinstance(ended, str) and alone:
             remove_reservations()
-        if round_.begun:
-            free_from = time.monotonic()
-            if isinstance(ended, str):
-                failures.add(ended)
-        elif left_s == 0.0:
-            raise ClusterError(f"workers do not start: {ended}")
+        in_vain = 0 if round_.begun else in_vain + 1
+        if in_vain == _STARTS:
+            raise ClusterError(f"workers do not start, {in_vain} times in a row: {ended}")
+        if isinstance(ended, str) and round_.begun:
+            failures.add(ended)
 
 
 def _open_desk(needs: dict[str, float], most: int) -> Any:
