@@ -152,8 +152,10 @@ class Nodes:
         return self.cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{self._used}")
 
     def kill(self, node: Any) -> None:
-        """As when a machine loses its power, but that its processes notice it after a while."""
-        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        """As when a machine loses its power: all of its processes at once."""
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        for process in [raylet, *raylet.children(recursive=True)]:
+            process.kill()
 
     def close(self) -> None:
         ray.shutdown()
