@@ -26,7 +26,7 @@ from trainer.learner import Learner
 from trainer.parts import ItemPart, UserPart, split
 from trainer.predictions import told
 from trainer.schema import Schema, as_table
-from trainer.storage import fingerprint, open_filesystem
+from trainer.storage import Storage
 
 FORMAT = 1
 _ROWS_CHECKED = 33
@@ -39,9 +39,10 @@ def save(
     """Write what scores, as of the learner's day. item: the features that belong to an item. powers: of the fused
     score. about: what else export.json is to say. Returns export.json.
     """
-    filesystem, folder = open_filesystem(out)
-    if filesystem.get_file_info(f"{folder}/export.json").is_file:
-        raise UserError("a model is exported there already", out, do="choose another --out: servers may be reading it")
+    storage = Storage(out)
+    if storage.exists("export.json"):
+        do = "choose another --out: servers may be reading it"
+        raise UserError("a model is exported there already", storage.path, do=do)
     try:
         parts = split(learner, item, powers)
     except ValueError as error:
@@ -53,21 +54,19 @@ def save(
     programs["item.pt2"] = _program(items, (entry_1O, _some(learner, items, _ROWS_CHECKED)))
     _check(learner, user, items, powers, programs)
     try:
-        filesystem.create_dir(f"{folder}/rows", recursive=True)
-        tables = _write_tables(learner, filesystem, folder, [user, items])
+        storage.filesystem.create_dir(f"{storage.root}/rows", recursive=True)
+        tables = _write_tables(learner, storage, [user, items])
         for name, content in programs.items():
-            with filesystem.open_output_stream(f"{folder}/{name}") as stream:
-                stream.write(content)
+            storage.write(name, content)
         files = [*programs, *(table["file"] for table in tables.values())]
         manifest = {"format": FORMAT, "torch": torch.__version__.partition("+")[0], **about}
         manifest |= {"user": _described(learner, schema, user), "item": _described(learner, schema, items)}
         manifest |= {"tables": tables, "outputs": learner.graph.addresses | {"score": "ranking"}}
-        manifest |= {"sha256": {name: fingerprint(filesystem, f"{folder}/{name}")["sha256"] for name in files}}
-        with filesystem.open_output_stream(f"{folder}/export.json") as stream:
-            stream.write(json.dumps(manifest, indent=1).encode())
+        manifest |= {"sha256": {name: storage.fingerprint(name)["sha256"] for name in files}}
+        storage.write("export.json", json.dumps(manifest, indent=1).encode())
     except OSError as error:
         raise UserError(
-            "the export cannot be written", out, got=str(error), do="free space, or choose another --out"
+            "the export cannot be written", storage.path, got=str(error), do="free space, or choose another --out"
         ) from None
     return manifest
 
@@ -76,25 +75,24 @@ class Served:
     """An exported model. A request is scored in two calls: `user` once, then `items`, all of them or some at a time."""
 
     def __init__(self, path: str):
-        filesystem, folder = open_filesystem(path)
+        storage = Storage(path)
         try:
-            with filesystem.open_input_stream(f"{folder}/export.json") as stream:
-                self.about: dict[str, Any] = json.loads(stream.read())
+            self.about: dict[str, Any] = json.loads(storage.read("export.json"))
         except (OSError, ValueError) as error:
             do = "name the folder that daybreak export wrote"
-            raise UserError("no exported model", path, got=str(error), do=do) from None
+            raise UserError("no exported model", storage.path, got=str(error), do=do) from None
         for name, want in self.about["sha256"].items():
-            file = f"{folder}/{name}"
-            if not filesystem.get_file_info(file).is_file or fingerprint(filesystem, file)["sha256"] != want:
-                raise UserError("a file of the export is damaged or missing", f"{path}/{name}", do="export again")
+            if not storage.exists(name) or storage.fingerprint(name)["sha256"] != want:
+                raise UserError(
+                    "a file of the export is damaged or missing", f"{storage.path}/{name}", do="export again"
+                )
         self._rows = {
-            name: RowFile(filesystem, f"{folder}/{table['file']}", _maybe_tensor(table["default"]))
+            name: RowFile(storage.filesystem, f"{storage.root}/{table['file']}", _maybe_tensor(table["default"]))
             for name, table in self.about["tables"].items()
         }
         self.programs: dict[str, Callable[..., Any]] = {}
         for part in ("user", "item"):
-            with filesystem.open_input_stream(f"{folder}/{part}.pt2") as stream:
-                self.programs[part] = torch.export.load(io.BytesIO(stream.read())).module()
+            self.programs[part] = torch.export.load(io.BytesIO(storage.read(f"{part}.pt2"))).module()
         self._schema = {part: _schema(self.about[part]) for part in self.programs}
 
     @torch.no_grad()
@@ -176,16 +174,14 @@ def _schema(about: Mapping[str, Any]) -> Schema:
     )
 
 
-def _write_tables(
-    learner: Learner, filesystem: Any, folder: str, parts: Sequence[UserPart | ItemPart]
-) -> dict[str, Any]:
+def _write_tables(learner: Learner, storage: Storage, parts: Sequence[UserPart | ItemPart]) -> dict[str, Any]:
     """Every table that a part reads."""
     shard, table_of = learner.embeddings.shard, learner.embeddings.table_of
     names = [name for part in parts for name in (*part.side.ids, *(part.lists if isinstance(part, UserPart) else ()))]
     tables = {}
     for table in dict.fromkeys(table_of[name] for name in names):
         file = f"rows/{table}.arrow"
-        rows = write_rows(shard, table, filesystem, f"{folder}/{file}")
+        rows = write_rows(shard, table, storage.filesystem, f"{storage.root}/{file}")
         default = shard.default_of(table)
         tables[table] = {"file": file, "dim": shard.tables[table].dim, "rows": rows, "default": default}
     return tables

@@ -26,12 +26,11 @@ import pyarrow.fs
 from embeddings.pulse import beat
 from trainer.errors import UserError
 
-_OBJECT_STORES = {"s3", "gcs", "abfs"}  # a file is there when it was put whole, and not before
 _CONNECT_TIMEOUT_S = 10.0
 _SILENCE_TIMEOUT_S = 60.0  # how long an answer may stand still; without it pyarrow gives up after 3 s
 _MAX_ATTEMPTS = 8  # of one request, with growing pauses: about a minute of a store that refuses
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 8 << 20
 
 
 class Storage:
@@ -47,7 +46,8 @@ class Storage:
         """
         self.path = without_credentials(path).rstrip("/")
         self.filesystem, self.root = open_filesystem(path)
-        self._local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+        self._is_local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+        self._is_object_store = self.filesystem.type_name in ("s3", "gcs", "abfs")  # put whole or not at all
 
     def within(self, name: str) -> "Storage":
         """A folder below; it need not be there."""
@@ -57,12 +57,13 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """The whole file. FileNotFoundError when it is absent."""
-        with self.filesystem.open_input_stream(self._at(name)) as stream:
+        with self.filesystem.open_input_file(self._at(name)) as stream:  # it knows its size: one request, not hundreds
             return bytes(stream.read())
 
     def write(self, name: str, content: bytes) -> None:
         """All of the content or none of it. Makes the folders above, and replaces what has the name."""
-        with self.open_output(name) as stream:
+        open_output = self._object if self._is_object_store else self.open_output
+        with open_output(name) as stream:
             stream.write(content)
 
     def exists(self, name: str) -> bool:
@@ -99,16 +100,22 @@ class Storage:
 
     @contextlib.contextmanager
     def open_output(self, name: str) -> Iterator[Any]:
-        """A stream to write a file to. It gets its name when the with block ends well, and does not when it fails."""
-        path = self._at(name)
-        if self.filesystem.type_name in _OBJECT_STORES:
-            with self._put(path) as stream:
-                yield stream
-        elif self._local:
-            with _written_beside(path) as stream:
+        """A stream to write a file to. It gets its name when the with block ends well, and does not when it fails. In
+        an object store a block that fails also loses the file that had the name: pyarrow can only end an upload.
+        """
+        if self._is_object_store:
+            try:
+                with self._object(name) as stream:
+                    yield stream
+            except BaseException:
+                with contextlib.suppress(OSError, pa.ArrowException):
+                    self.delete(name)
+                raise
+        elif self._is_local:
+            with _written_beside(self._at(name)) as stream:
                 yield stream
         else:
-            temporary = _temporary(path)
+            path, temporary = self._at(name), _temporary(self._at(name))
             self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             with self.filesystem.open_output_stream(temporary) as stream:
                 yield stream
@@ -116,31 +123,19 @@ class Storage:
 
     def remove_leftovers(self) -> None:
         """Remove what killed writes left behind anywhere below. To be called while nobody else writes here."""
-        if self.filesystem.type_name not in _OBJECT_STORES:
+        if not self._is_object_store:
             for info in self._below("", recursive=True):
                 if info.is_file and _TEMPORARY.fullmatch(info.base_name):
                     self.filesystem.delete_file(info.path)
+
+    def _object(self, name: str) -> Any:
+        return self.filesystem.open_output_stream(self._at(name))
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
     def _below(self, name: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
         return cast(list, self.filesystem.get_file_info(pyarrow.fs.FileSelector(self._at(name), True, recursive)))
-
-    @contextlib.contextmanager
-    def _put(self, path: str) -> Iterator[Any]:
-        """An object, which is there when the stream is closed. pyarrow cannot give up an upload, so one that the block
-        gives up is finished and removed.
-        """
-        stream = self.filesystem.open_output_stream(path)
-        try:
-            yield stream
-        except BaseException:
-            with contextlib.suppress(OSError, pa.ArrowException):
-                stream.close()
-                self.filesystem.delete_file(path)
-            raise
-        stream.close()
 
 
 @contextlib.contextmanager
