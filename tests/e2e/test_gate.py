@@ -249,33 +249,44 @@ BAD: dict[str, tuple[Change, Tune, str, str]] = {
 }
 
 
-def bad_night(nights: Nights, change: Change, tune: Tune) -> Past:
-    """The night after the twentieth good one, with other rows or another learner."""
+def bad_night(nights: Nights, change: Change, tune: Tune) -> tuple[Past, Learner]:
+    """The night after the twentieth good one, with other rows or another learner; and what was learnt."""
     day, folder = nights.day(BAD_AFTER), nights.folder / "bad" / f"{change.__name__}-{id(tune)}"
-    (folder / day.folder).mkdir(parents=True)
+    (folder / day.folder).mkdir(parents=True, exist_ok=True)
     pq.write_table(change(nights), folder / day.folder / "part-0.parquet", row_group_size=4096)
     config = dataclasses.replace(nights.config, data=dataclasses.replace(nights.config.data, path=str(folder)))
     learner = copy.deepcopy(nights.learner)
     tune(learner)
-    return night(config, learner, day, nights.before)
+    return night(config, learner, day, nights.before), learner
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_night_is_held_for_its_reason(nights: Nights, what: str) -> None:
     change, tune, check, words = BAD[what]
-    found = bad_night(nights, change, tune)
+    found, _ = bad_night(nights, change, tune)
     print(f"\n{what}: {found.state}: {found.reason}")
     assert found.state == "held"
     assert found.reason.startswith(f"{check}: ") and words in found.reason
 
 
 def test_the_same_night_without_harm_is_promoted(nights: Nights) -> None:
-    found = bad_night(
-        nights, today, as_it_is
-    )  # the files are others, the rows are not: the report is that of the chain
+    """Its files are others than those of the chain, its rows are not."""
+    found, _ = bad_night(nights, today, as_it_is)
     assert found.state == "promoted"
     assert found.report["metrics"] == nights.past[BAD_AFTER].report["metrics"]
     assert found.report["content"] == nights.past[BAD_AFTER].report["content"]
+
+
+@pytest.mark.parametrize("what", ["the labels are shuffled", "half of the rows are missing", "a file of last week"])
+def test_the_night_after_bad_rows_is_promoted_beside_the_champion(nights: Nights, what: str) -> None:
+    """What a day of bad rows did to the model is too little to see: it costs one night of freshness."""
+    held, learner = bad_night(nights, *BAD[what][:2])
+    champion = (str(nights.before[-1].report["day"]), copy.deepcopy(nights.learner))
+    after = night(nights.config, learner, nights.day(BAD_AFTER + 1), [*nights.before, held], champion)
+    difference = after.report["rival"]["differences"]["click@all"]
+    print(f"\nafter {what}: {after.state}: {after.reason}; from the champion {difference}")
+    assert held.state == "held" and after.state == "promoted"
+    assert abs(difference["auc"]) < 0.01 and difference["low"] < difference["auc"] < difference["high"]
 
 
 def test_the_night_after_a_broken_one_is_held_since_experts_died_and_the_champion_is_better(nights: Nights) -> None:
