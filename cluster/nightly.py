@@ -3,9 +3,9 @@ promoted or held.
 
     driver (holds the lock)                           workers, all days of one call in one run
     what an earlier night left open is finished
-    which days are pending; read their footers   ->   for each day: score with the model of the day before,
-                                                      train from its checkpoint, commit the checkpoint
-    morning.py: verify, judge, promote or hold   <-   event: committed
+    which days are pending; read their footers   ->   for each day: score with the model of the day before (and with the
+                                                      champion, when that is another), train on, commit
+    morning.py: verify, judge, promote or hold   <-   committed, and wait: who serves now?
 
 A day is trained when its manifest is there, and done when its decision is in the ledger: a night that was killed
 anywhere goes on from that.
@@ -22,7 +22,7 @@ from typing import Any
 from cluster.late import back_to, come_late, first_after
 from cluster.morning import Morning, day_entry, lock, open_checkpoints, open_ledger, open_storage
 from cluster.promotion import drop
-from trainer.agree import together
+from trainer.agree import together, told
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, as_dict
 from trainer.data import DayPlan, Logs
@@ -189,13 +189,33 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan], mine: Callable
             gauc=config.data.gauc,
             score=saving.newest is not None,
             progress=teller(worker, plan),
+            rival=rival(config, checkpoints, saving),
             under_way=under_way,
             after_step=saving.after_step,
         )
         worker.at(plan.interval.name, "commit", 0)
         saving.commit(report, delivery=plan.delivery)
-        if worker.exchange.rank == 0:
-            worker.emit({"event": "committed", "day": plan.interval.name, "report": report})
+        if worker.exchange.rank == 0:  # who serves from now on must be known before the next one is scored
+            worker.ask({"event": "committed", "day": plan.interval.name, "report": report})
+
+
+def rival(config: Config, checkpoints: Checkpoints, saving: Saving) -> tuple[str, Callable[[], Learner]] | None:
+    """The champion, and what loads it, when another model than the newest one serves. Collective."""
+    exchange = saving.learner.exchange
+
+    def serving() -> str | None:
+        champion = None if exchange.rank else open_ledger(config).champion()
+        return champion.interval.name if champion and champion.interval != saving.newest else None
+
+    name = told(exchange, together(exchange, serving))
+
+    def loaded() -> Learner:
+        learner = build(config, exchange, saving.learner.device)
+        champion = together(exchange, lambda: checkpoints.open(Interval.parse(name, "the champion's file")))
+        checkpoints.load(learner, champion)
+        return learner
+
+    return (name, loaded) if name else None
 
 
 def saving_of(config: Config, checkpoints: Checkpoints, learner: Learner) -> Saving:

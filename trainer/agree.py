@@ -31,12 +31,13 @@ def told(exchange: Exchange, value: Any) -> Any:
 
 
 def agree(exchange: Exchange, error: UserError | None) -> None:
-    """Raise on every worker when any worker has an error; worker 0 raises the first one's text. Collective."""
+    """Raise on every worker when any worker has an error: its own, or the first one's text. Collective."""
     failed = exchange.all_reduce(torch.tensor([float(error is not None)]))
     if not failed.item():
         return
     texts = [text for text in gather_json(exchange, str(error) if error else "") if text]
-    raise error or UserError(texts[0] if texts else "another worker stopped")
+    first = told(exchange, texts[0] if texts else "")
+    raise error or UserError(first)
 
 
 def together(exchange: Exchange, work: Callable[[], Item]) -> Item:

@@ -201,13 +201,13 @@ def run_day(
     gauc: str,
     score: bool,
     progress: Progress,
-    rival: tuple[str, Learner] | None = None,
+    rival: tuple[str, Callable[[], Learner]] | None = None,
     under_way: UnderWay | None = None,
     after_step: AfterStep = lambda counted: None,
 ) -> dict[str, Any]:
     """Score (when there is a model of the day before; and the champion, when that is another), then train. Returns the
-    day's report; only worker 0's has the metrics. under_way: how far an earlier try came; what is scored now is entered
-    there.
+    day's report; only worker 0's has the metrics. rival: the champion's interval, and what loads it: it is held in
+    memory for as long as it scores. under_way: how far an earlier try came; what is scored now is entered there.
     """
     under_way, counted = under_way or UnderWay(), Counted(learner)
     if under_way.counted is not None:
@@ -215,7 +215,9 @@ def run_day(
     if under_way.scored is None:
         learner.embeddings.shard.reset_counts()
         start = time.perf_counter()
-        rate = rate_day(learner, logs, plan, batch_size, lanes, gauc, progress, rival) if score else {"metrics": {}}
+        champion = (rival[0], rival[1]()) if rival else None
+        rate = rate_day(learner, logs, plan, batch_size, lanes, gauc, progress, champion) if score else {"metrics": {}}
+        del champion
         under_way.scored = {"rate": rate, "seconds": time.perf_counter() - start}
     rate, score_seconds = under_way.scored.get("rate", {"metrics": {}}), under_way.scored.get("seconds", 0.0)
     counted.start_clock()

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 
 from embeddings.exchange import Exchange, LocalExchange
+from embeddings.pulse import beat
 from embeddings.shared_memory import connect
 from trainer.errors import ClusterError, UserError
 from trainer.nodes import (
@@ -38,6 +39,7 @@ from trainer.nodes import (
 from trainer.watch import TELL_EVERY_S, Place, Telling, Watchdog, WatchedExchange
 
 Event: TypeAlias = dict[str, Any]
+OnEvent: TypeAlias = Callable[[Event], Any]  # what it returns, plain JSON, is for a worker that asks
 
 # Ray's defaults phone home and look at the workers every two seconds; a night shall do neither. What it waits for when
 # workers are gone (a process group to shut down, resources that were there) is short: the round is lost anyway.
@@ -52,6 +54,8 @@ _ENVIRONMENT = {
 _COLLECTIVE_TIMEOUT_S = 300
 _POLL_S = 0.2
 _STARTS = 5  # so often in a row may workers not come to life: what the cluster seemed to have was gone again
+_ANSWER_S = 0.05
+_QUESTION = "question"
 _WAIT_S = 900.0
 _END_S = 30.0
 
@@ -60,15 +64,16 @@ _END_S = 30.0
 class Worker:
     """What a job is given.
 
-    exchange: its way to talk to the other workers. emit: tells the driver something. at(interval, phase, step): so many
-    steps of a phase ("score", "train", "commit") are done; who looks after the workers wants to know. more_workers:
-    whether more workers are free than there are; then the job must return, and is called again with more. Collective,
-    to be asked between intervals.
+    exchange: its way to talk to the other workers. emit: tells the driver something. ask: tells it, and waits for what
+    on_event returns. at(interval, phase, step): so many steps of a phase ("score", "train", "commit") are done; who
+    looks after the workers wants to know. more_workers: whether more workers are free than there are; then the job must
+    return, and is called again with more. Collective, to be asked between intervals.
     """
 
     exchange: Exchange
     device: torch.device
     emit: Callable[[Event], None]
+    ask: Callable[[Event], Any] = lambda event: None
     at: Callable[[str, str, int], None] = lambda interval, phase, step: None
     more_workers: Callable[[], bool] = lambda: False
 
@@ -76,14 +81,14 @@ class Worker:
 Job: TypeAlias = Callable[[Worker], Any]
 
 
-def run_here(job: Job, on_event: Callable[[Event], None]) -> Any:
+def run_here(job: Job, on_event: OnEvent) -> Any:
     """Run a job as the only worker, in this process, without Ray."""
-    return job(Worker(LocalExchange(), _device(), on_event))
+    return job(Worker(LocalExchange(), _device(), on_event, on_event))
 
 
 def run_on_ray(
     job: Job,
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
     *,
     workers: tuple[int, int],
     max_failures: int,
@@ -151,7 +156,7 @@ def _start(num_workers: int) -> None:
 
 def _rounds(
     job: Job,
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
     workers: tuple[int, int],
     failures: "_Failures",
     hang_s: float,
@@ -188,7 +193,7 @@ def _open_desk(needs: dict[str, float], most: int) -> Any:
     return ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here, **restarted).remote(needs, most)
 
 
-def _say(on_event: Callable[[Event], None], text: str) -> None:
+def _say(on_event: OnEvent, text: str) -> None:
     on_event({"event": "waiting", "text": text})
 
 
@@ -205,7 +210,7 @@ class _Round:
         self._ended: dict[str, Any] | str = ""
         self._over = threading.Event()
 
-    def run(self, on_event: Callable[[Event], None]) -> dict[str, Any] | str:
+    def run(self, on_event: OnEvent) -> dict[str, Any] | str:
         """The outcome of worker 0, or what happened to a round that is lost. Events are handed over in this thread, so
         that what goes wrong there, or Ctrl-C, ends the round at once; Ray Train gets a thread of its own.
         """
@@ -226,11 +231,14 @@ class _Round:
             for thread in threads:
                 thread.join(_END_S)
 
-    def _hand_over(self, on_event: Callable[[Event], None]) -> None:
+    def _hand_over(self, on_event: OnEvent) -> None:
         import ray
 
         for event in ray.get(self._desk.drain.remote()):
-            on_event(event)
+            question = event.pop(_QUESTION, None)
+            answer = on_event(event)
+            if question:
+                ray.get(self._desk.answer.remote(question, answer))
 
     def _fit(self) -> None:
         import ray.train
@@ -352,7 +360,7 @@ def _on_worker(config: dict[str, Any]) -> dict[str, Any]:
             again = bool(exchange.all_reduce(torch.tensor([float(free)])).item())
             return again
 
-        worker = Worker(exchange, _device(), lambda event: desk.put.remote(event), place.at, more_workers)
+        worker = Worker(exchange, _device(), desk.put.remote, partial(_ask, desk), place.at, more_workers)
         try:
             outcome = {"result": config["job"](worker), "error": None}
         except UserError as error:
@@ -360,6 +368,21 @@ def _on_worker(config: dict[str, Any]) -> dict[str, Any]:
         outcome["again"] = again
     ray.get(desk.leave.remote(name, place.rank))  # calls arrive in order: what was told before is there
     return outcome
+
+
+def _ask(desk: Any, event: Event) -> Any:
+    """Tell the driver, and wait for its answer: however long that takes, this worker lives."""
+    import ray
+
+    question = uuid.uuid4().hex
+    while True:
+        found = ray.get(desk.answered.remote(question))
+        if found:
+            return found[0]
+        if found is None:  # not asked yet, or of a desk that had to start anew
+            ray.get(desk.put.remote(event | {_QUESTION: question}))
+        beat()
+        time.sleep(_ANSWER_S)
 
 
 def _tell(desk: Any, name: str, place: Place) -> None:
@@ -384,13 +407,27 @@ class _Desk:
         self._events: list[Event] = []
         self._places: dict[str, dict[int, Place]] = {}
         self._left: set[tuple[str, int]] = set()
+        self._answers: dict[str, tuple[Any, ...]] = {}  # to questions; empty while there is none
 
     def put(self, event: Event) -> None:
         self._events.append(event)
+        if _QUESTION in event:
+            self._answers[event[_QUESTION]] = ()
 
     def drain(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+    def answer(self, question: str, answer: Any) -> None:
+        """What the driver says to a question."""
+        self._answers[question] = (answer,)
+
+    def answered(self, question: str) -> tuple[Any, ...] | None:
+        """The answer, to be taken once; nothing while there is none; None when nobody knows the question."""
+        answer = self._answers.get(question)
+        if answer:
+            del self._answers[question]
+        return answer
 
     def tell(self, name: str, place: Place) -> None:
         """Where a worker of a round is."""

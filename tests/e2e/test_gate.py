@@ -296,7 +296,7 @@ def test_the_night_after_a_broken_one_is_held_since_experts_died_and_the_champio
     held = night(nights.config, learner, day, nights.before)
     learns(dense=0.01)(learner)
     name = str(nights.before[-1].report["day"])
-    after = night(nights.config, learner, nights.day(BAD_AFTER + 1), [*nights.before, held], (name, champion))
+    after = night(nights.config, learner, nights.day(BAD_AFTER + 1), [*nights.before, held], (name, lambda: champion))
     print(f"\nthe night after: {after.state}: {after.reason}")
     assert held.state == after.state == "held"
     decision = decide(after.report, [*nights.before, held], nights.config)

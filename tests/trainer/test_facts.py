@@ -104,7 +104,7 @@ def two_days(exchange: Exchange, config: Config) -> dict[str, Any]:
     learner, rival, logs = build(config, exchange), build(config, exchange), open_logs(config)
     how: dict[str, Any] = {"batch_size": 500, "lanes": 6, "gauc": "impressions", "progress": lambda what, rows: None}
     run_day(learner, logs, logs.plan(DAYS[0]), score=False, **how)
-    return run_day(learner, logs, logs.plan(DAYS[1]), score=True, rival=("untrained", rival), **how)
+    return run_day(learner, logs, logs.plan(DAYS[1]), score=True, rival=("untrained", lambda: rival), **how)
 
 
 def near(value: Any) -> Any:
