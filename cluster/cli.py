@@ -129,7 +129,8 @@ def nightly(
     if truth:
         from cluster.simulate import law_auc
 
-        law = {entry["day"]: law_auc(truth, _day(entry["day"], "--truth")) for entry in report["days"]}
+        days = [entry["day"] for entry in report["days"] if _interval(entry["day"], "--truth").hour is None]
+        law = {day: law_auc(truth, _day(day, "--truth")) for day in days}
     console.print(days_table(report["days"], law))
     _print_states(console, report["days"])
     _print_data(console, report)

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.data import Logs
 from trainer.delivery import Delivery, differences
+from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.plan import NoRows
 
@@ -58,11 +59,16 @@ def _late_hours(logs: Logs, trained: Mapping[Interval, Delivery], known: Collect
         hours = {interval: delivery for interval, delivery in trained.items() if interval.day == day}
         if not now[day] or _files(now[day]) == _files(file for of in hours.values() for file in of):
             continue
-        for interval in sorted({*hours, *logs.intervals(Interval(day, 0), Interval(day, 23))}):
-            if hours.get(interval):
-                found.append(_compared(interval, hours[interval], _of_hour(logs, interval)))
-            elif first < interval < newest and interval not in known:
-                found.append(_unseen(interval))
+        try:
+            for interval in sorted({*hours, *logs.intervals(Interval(day, 0), Interval(day, 23))}):
+                if hours.get(interval):
+                    found.append(_compared(interval, hours[interval], _of_hour(logs, interval)))
+                elif first < interval < newest and interval not in known:
+                    found.append(_unseen(interval))
+        except UserError as error:  # to be told; what was trained on stays good
+            found.append(
+                Late(min(hours, default=Interval(day, 0)), f"delivered again, and cannot be read: {error.what}")
+            )
     return [each for each in found if each]
 
 

@@ -16,6 +16,7 @@ from conftest import CONFIG, Run
 
 from cluster.simulate import simulate
 
+pytestmark = pytest.mark.slow
 FIRST = datetime.date(2026, 11, 1)
 DAYS = [str(FIRST + datetime.timedelta(days=number)) for number in range(4)]
 PART = "part-0.parquet"

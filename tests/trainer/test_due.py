@@ -248,3 +248,11 @@ def test_hours_by_a_clock_are_late_when_their_file_is_another(tmp_path: Path) ->
     trained = known(logs, [*hours(1, 1, 2), *hours(2, 1)])
     deliver(tmp_path, 1, rows=5, hours=[1, 2])
     assert [name for name, _ in told(logs, trained)] == ["2026-11-01T01", "2026-11-01T02"]
+
+
+def test_a_day_of_hours_that_is_delivered_again_without_times_is_told_and_is_no_error(tmp_path: Path) -> None:
+    deliver(tmp_path, 1, hours=[1, 2])
+    logs = Logs(str(tmp_path), "day", SCHEMA, by_hour=True, time="at")
+    trained = known(logs, hours(1, 1, 2))
+    deliver(tmp_path, 1, name="late")  # its times are null
+    assert told(logs, trained) == [("2026-11-01T01", "delivered again, and cannot be read: no time on the day")]
