@@ -1,9 +1,10 @@
-"""Does retraining every night pay, do id statistics, does the body matter? Our models and their peers on globo_rank,
-the same protocol for all.
+"""Does retraining every night pay, and every hour; do id statistics, does the body matter? Our models and their peers
+on globo_rank, the same protocol for all.
 
 In: the folder with day=2017-10-01/ and so on, and the peers' metrics (benchmarks.globo_peers --json). Out:
 docs/results.md. Each day is scored before it is trained on; `frozen` scores all days with the model of the day before
-the first. Differences are paired by seed and day.
+the first; `every hour` scores each hour before it is trained on, and a day's metrics are those of its hours' rows
+together. Differences are paired by seed and day.
 
     python -m benchmarks.globo --data PATH --peers PEERS.json [--seeds 3] [--out docs/results.md]
 """
@@ -17,6 +18,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ MODELS: dict[str, list[str]] = {  # overrides of the configuration
     "MMoE without id statistics": [],
     "shared-bottom": ["model.body={kind: shared_bottom, layers: [256, 64]}"],
 }
+HOURLY = ["data.period=hour", "data.time=ts_ms", "data.time_zone=America/Sao_Paulo"]
 COLUMNS = {
     "click@all": ("auc", "gauc", "calibration"),
     "has_next@all": ("auc",),
@@ -77,6 +80,39 @@ def run(
     return body, seed, {"updated": updated, "frozen": frozen, "parameters": parameters, "seconds": seconds}
 
 
+def run_by_hour(seed: int, data: str, first: datetime.date, through: datetime.date) -> dict[str, Metrics]:
+    """The MMoE through all hours, each scored before it is trained on, in this process; returns its metrics by day."""
+    import torch
+
+    from embeddings.exchange import LocalExchange
+    from trainer.configfile import load
+    from trainer.counted import Counted
+    from trainer.day import defined, shares, train_day
+    from trainer.intervals import Interval
+    from trainer.learner import build, open_logs
+    from trainer.metrics import Evaluation
+    from trainer.step import score_step
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    config = load(CONFIG, [f"data.path={data}", f"train.seed={seed}", *HOURLY])
+    learner, logs = build(config, LocalExchange()), open_logs(config)
+    how = config.train.batch_size, config.data.lanes
+    evaluations: dict[str, Evaluation] = {}
+    for interval in logs.intervals(None, Interval(through, 23)):
+        plan = logs.plan(interval, None)
+        if interval.day >= first:
+            graph = learner.graph
+            of_day = evaluations.setdefault(str(interval.day), Evaluation(graph.addresses, config.data.gauc))
+            for batch in shares(learner, logs, plan, *how):
+                predictions = graph.predictions(score_step(learner, batch), batch.labels_BT)
+                for address, answers_B in graph.answers(batch.labels_BT).items():
+                    of_day.add(address, predictions[address], answers_B, batch.groups_B)
+        train_day(learner, logs, plan, *how, lambda phase, rows: None, Counted(learner))
+    print(f"MMoE by hour, seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return {day: defined(evaluation.compute()) for day, evaluation in evaluations.items()}
+
+
 def gather(options: argparse.Namespace) -> tuple[Results, dict[str, int]]:
     """All bodies and seeds, a few processes side by side."""
     results: Results = {}
@@ -90,6 +126,9 @@ def gather(options: argparse.Namespace) -> tuple[Results, dict[str, int]]:
             results.setdefault(f"{body}, every night", {})[str(seed)] = found["updated"]
             results.setdefault(f"{body}, frozen", {})[str(seed)] = found["frozen"]
             parameters[body] = found["parameters"]
+        hourly = partial(run_by_hour, data=options.data, first=options.first, through=options.through)
+        for seed, by_day in enumerate(pool.map(hourly, range(options.seeds))):
+            results.setdefault("MMoE, every hour", {})[str(seed)] = by_day
     return results, parameters
 
 
@@ -158,6 +197,7 @@ def page(results: Results, parameters: dict[str, int], options: argparse.Namespa
             "and `configs/globo.yaml`. Every day is scored before it is trained on; means over",
             f"{options.first} .. {options.through} and {options.seeds} seeds, ± the standard deviation over the seeds.",
             f"Dense parameters: {sizes}. `frozen` scores all days with the model of the day before the first.",
+            "`every hour` scores and trains on each hour of the log's clock (America/Sao_Paulo).",
             "LightGBM sees the given columns, refitted every day on the five days before it. Id statistics: what",
             "happened to user and article until the day before, counted by the embedding store (`kind: id_stats`).",
             "",
