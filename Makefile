@@ -27,13 +27,14 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not slow and not ray"
 
-# Ours and its peers: real data (DATA=folder with day=.../), which rewrites docs/results.md; then the embedding store.
+# Ours and its peers: real data (DATA=folder with day=.../), which rewrites docs/results.md; then the embedding store, and snapshots.
 bench: $(VENV)/installed
 	$(BIN)/pip install --quiet lightgbm
 	$(BIN)/python -m benchmarks.globo_peers --data $(DATA) --json $(VENV)/peers.json
 	$(BIN)/python -m benchmarks.globo --data $(DATA) --peers $(VENV)/peers.json
 	$(BIN)/pip install --quiet --no-deps -r benchmarks/torchrec.txt
 	$(BIN)/python -m benchmarks.embeddings
+	$(BIN)/python -m benchmarks.saving
 
 # Claims of the literature, measured again: rewrites docs/evidence.md. Goes on where it was stopped.
 evidence: $(VENV)/installed

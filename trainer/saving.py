@@ -80,6 +80,11 @@ class Saving:
         """The newest committed interval that the learner builds on; None: it began with nothing."""
         return self._newest.interval if self._newest else None
 
+    @property
+    def is_writing(self) -> bool:
+        """A snapshot is being written."""
+        return self._writing is not None and self._writing.is_alive()
+
     def begin(self, interval: Interval, about: Any = None) -> UnderWay:
         """Begin an interval, or go on with it. The first call fills a fresh learner. about: what a snapshot is of
         (data, settings), as JSON holds it; one that is of something else is not gone on with. Collective.
@@ -148,7 +153,7 @@ class Saving:
         Collective.
         """
         writing, rank, now = self._writing, self._exchange.rank, time.monotonic()
-        busy = writing is not None and writing.is_alive()
+        busy = self.is_writing
         failed = writing is not None and not busy and writing.error is not None
         next_look = number = 0
         if rank == 0 and self._every_s is not None:
