@@ -59,7 +59,7 @@ def nightly(
 
         def hear(event: Event) -> None:
             morning.hear(event)
-            if event["event"] == "committed":
+            if event["event"] in ("round", "committed"):
                 morning.finish_all()
             on_event(event)
 
@@ -171,6 +171,8 @@ def work(worker: Worker, *, config: Config, plans: list[DayPlan], mine: Callable
     mine: asked before each commit.
     """
     checkpoints, logs = open_checkpoints(config, mine), open_logs(config)
+    if worker.exchange.rank == 0:
+        worker.ask({"event": "round"})  # of the round before, a commit may not have been told
     committed = together(worker.exchange, checkpoints.intervals)
     saving = saving_of(config, checkpoints, build(config, worker.exchange, worker.device))
     for plan in plans:
