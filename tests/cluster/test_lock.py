@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import s3_server
 
 from cluster.lock import Lock, Process, holder, is_alive, read_claims
 from trainer.errors import UserError
@@ -102,7 +103,9 @@ def at_once(*works: Callable[[], None]) -> None:
         thread.join()
 
 
-def contend(store: Memory, inside: Inside, seed: int, tries: int, settle_s: float = 0.0) -> Callable[[], None]:
+def contend(
+    store: Memory | Storage, inside: Inside, seed: int, tries: int, settle_s: float | None = None
+) -> Callable[[], None]:
     """One who wants the lock again and again, stays a while when he gets it, and goes away when he is refused."""
     chance = random.Random(seed)
 
@@ -235,6 +238,17 @@ def test_of_two_that_start_together_one_runs_and_one_is_refused(seed: int) -> No
 
     at_once(night, night)
     assert sorted(got) == ["refused", "runs"]
+
+
+def test_in_an_object_store_it_is_the_same_lock(tmp_path: Path) -> None:
+    """On a real S3 server, whose listings show at once what was written."""
+    with s3_server() as server:
+        store, inside = Storage(server.uri(tmp_path.name)), Inside()
+        at_once(*(contend(store, inside, i, tries=2) for i in range(4)))
+        assert inside.most == 1 and inside.times >= 1 and not inside.surprises
+        with Lock(store, "nightly"), pytest.raises(UserError, match="another night runs"), Lock(store, "nightly"):
+            pass
+        assert store.files() == []
 
 
 @pytest.fixture
