@@ -114,7 +114,8 @@ def train_one(
                 do="days are trained in order: drop the later ones with nightly --again",
             )
         if interval not in committed:
-            morning, plan = Morning(config, checkpoints, ledger), open_logs(config).plan(interval)
+            before = max((each for each in committed if each < interval), default=None)
+            morning, plan = Morning(config, checkpoints, ledger), open_logs(config).plan(interval, before)
 
             def hear(event: Event) -> None:
                 morning.hear(event)
