@@ -38,9 +38,9 @@ def _check_hours(data: DataConfig, where: str) -> None:
     try:
         zoneinfo.ZoneInfo(data.time_zone)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        do = nearest(data.time_zone, zoneinfo.available_timezones())
-        expected = "a zone such as UTC or America/Sao_Paulo"
-        raise UserError("no such time zone", f"{where}: data.time_zone", data.time_zone, expected, do) from None
+        hint, expected = nearest(data.time_zone, zoneinfo.available_timezones()), "a zone such as America/Sao_Paulo"
+        do = hint if hint.startswith("did you mean") else CORRECT
+        raise UserError("no such time zone", f"{where}: data.time_zone", repr(data.time_zone), expected, do) from None
     if data.time and data.period != "hour":
         got, do = f"period: {data.period}", "set data.period: hour, or drop data.time"
         raise UserError("a column of times parts days into hours", f"{where}: data.time", got=got, do=do)

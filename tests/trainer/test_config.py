@@ -367,6 +367,9 @@ def test_a_value_of_a_wrong_type_is_told_in_the_words_of_yaml(
         ("tables.user.value_half_life_days=0", "1e-06 .. 1000000000.0"),
         ("tables.user.init_scale=-0.1", "0 .. 1000000"),
         ("data.lanes=0", "1 .. 65536"),
+        ("data.max_bad_rows=0.6", "0 .. 0.5"),
+        ("data.max_bad_rows=-0.1", "0 .. 0.5"),
+        ("data.label_delay_days=-1", "0 .. 3650"),
         ("tasks.watch.scale=0", "1e-12 .. 1000000000000.0"),
         ("tables.user.dim=0", "1 .. 4096"),
         ("tables.user.capacity_rows=0", "1 .. 2147483648"),
@@ -597,6 +600,19 @@ def test_a_feature_with_settings_that_do_not_fit_its_kind_is_refused(path: Path,
 
 
 # The body's settings are the body's own: they are checked where it is made.
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlim", "", "/etc/passwd", "UTC+3"])
+def test_a_time_zone_that_is_none_is_told_with_the_nearest_one(path: Path, zone: str) -> None:
+    text = refusal(path, f"data.time_zone={zone!r}")
+    assert f"data.time_zone: no such time zone\n  got {zone!r}\n  expected a zone such as America/Sao_Paulo\n" in text
+    assert len(text) < 400 and ("-> did you mean 'Europe/Berlin'?" in text) == (zone == "Europe/Berlim")
+
+
+def test_a_column_of_times_goes_with_hours(path: Path) -> None:
+    text = refusal(path, "data.time=at")
+    assert "data.time: a column of times parts days into hours\n  got period: day\n  -> set data.period: hour" in text
+    assert load(str(path), ["data.time=at", "data.period=hour"]).data.time_zone == "UTC"
 
 
 @pytest.mark.parametrize(
