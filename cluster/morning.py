@@ -64,6 +64,7 @@ class Morning:
         self._finishing: Interval | None = None
         self._reports: dict[Interval, dict[str, Any]] = {}
         self._training = ""  # the interval that is known to be trained now
+        self._pruned = False
         self.finished: dict[Interval, dict[str, Any]] = {}  # what was decided here; its checkpoint may be gone by now
 
     @cached_property
@@ -119,8 +120,9 @@ class Morning:
             self._finishing = interval
             self._finish(self._checkpoints.open(interval), [i for i in committed if i < interval])
             self._finishing = None
-        if open_ones:
+        if open_ones or not self._pruned:  # a night that was killed in it left the rest to the next
             self._prune()
+            self._pruned = True
 
     def written(self, interval: Interval, earlier: Sequence[Interval] | None = None) -> None:
         """An interval is committed: what led to that and was not told, because driver or worker was killed, is entered.

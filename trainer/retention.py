@@ -28,13 +28,13 @@ def clean(checkpoints: Checkpoints, interval: Interval) -> None:
 
 
 def sweep(checkpoints: Checkpoints) -> None:
-    """Remove what a killed night left behind: in the newest committed interval, and in those that were begun after it.
-    Call it while nobody writes there.
+    """Remove what a killed night left behind: in the newest committed interval, in those that were begun after it, and
+    what it was writing anywhere (the champion, the lock). Call it while nobody writes there.
     """
     begun, committed = checkpoints.begun(), checkpoints.intervals()
     for interval in begun if not committed else [each for each in begun if each >= committed[-1]]:
         clean(checkpoints, interval)
-        checkpoints.storage.within(interval.folder).remove_leftovers()
+    checkpoints.storage.remove_leftovers()
 
 
 def prune(checkpoints: Checkpoints, *, keep_days: int, keep_bases: int, keep: Collection[Interval] = ()) -> None:
@@ -42,9 +42,9 @@ def prune(checkpoints: Checkpoints, *, keep_days: int, keep_bases: int, keep: Co
     and those of `keep` (the champion). The layers that what is kept needs stay, whosesoever they are.
     """
     checkpoints.mine()
-    committed = checkpoints.intervals()
+    begun, committed = checkpoints.begun(), checkpoints.intervals()
     recent = [i for i in committed if (committed[-1].day - i.day).days < keep_days]
-    if len(recent) == len(committed):
+    if not recent or begun[0] >= recent[0]:
         return
     opened = {interval: checkpoints.open(interval) for interval in committed}
     old = [interval for interval in committed if interval not in recent]
@@ -54,7 +54,7 @@ def prune(checkpoints: Checkpoints, *, keep_days: int, keep_bases: int, keep: Co
         if interval not in kept:
             checkpoints.storage.delete(f"{interval.folder}/{MANIFEST}")
     needed = _needed([opened[interval] for interval in committed if interval in kept])
-    for interval in checkpoints.begun():
+    for interval in begun:
         if interval < recent[0] and interval not in kept:
             _keep_only(checkpoints, interval, needed)
 
