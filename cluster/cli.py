@@ -92,7 +92,7 @@ def train(
     with Show(console) as show:
         entry = train_one(settings, interval, use_ray=not no_ray, on_event=show.event)
     if not entry["trained"]:
-        _say(console, f"{interval.words} is trained already, in {settings.checkpoints.path}")
+        _say(console, f"{interval.words} is trained already, in {_place(settings)}")
     _finish(as_json, entry)
 
 
@@ -221,7 +221,7 @@ def status(
     if found["days"]:
         console.print(days_table(found["days"]))
     else:
-        _say(console, f"no day is done yet in {settings.checkpoints.path}/{settings.name}")
+        _say(console, f"no day is done yet in {_place(settings)}/{settings.name}")
     if found["ledger"]:
         console.print(states_table(found["ledger"]))
     champion, holder = found["serving"], found["lock"]
@@ -297,7 +297,7 @@ def verify(
     for entry in found:
         _say(console, f"{entry['day']}: {'every file is as it was written' if entry['ok'] else entry['error']}")
     if not found:
-        _say(console, f"there is no checkpoint in {settings.checkpoints.path}/{settings.name}")
+        _say(console, f"there is no checkpoint in {_place(settings)}/{settings.name}")
     good = all(entry["ok"] for entry in found)
     _finish(as_json, {"model": settings.name, "ok": good, "days": found})
     if not good:
@@ -339,6 +339,13 @@ def _load(path: str, sets: list[str]) -> Any:
     from trainer.configfile import load
 
     return load(path, sets)
+
+
+def _place(settings: Any) -> str:
+    """Where the checkpoints lie, without key and secret."""
+    from trainer.storage import without_credentials
+
+    return without_credentials(settings.checkpoints.path)
 
 
 def _console(as_json: bool) -> Console:

@@ -27,7 +27,7 @@ from trainer.intervals import Interval
 from trainer.ledger import Champion, Entry, Ledger
 from trainer.pictures import days_picture, gates_picture
 from trainer.retention import prune, remove
-from trainer.storage import Storage
+from trainer.storage import Storage, without_credentials
 from trainer.tracking import Tracking
 from trainer.workers import Event
 
@@ -199,7 +199,7 @@ class Morning:
         gates = {"gates.png": gates_picture(report["gates"], title)} if report["gates"] else {}
         return self.tracking.log_day(
             report["day"],
-            params=flatten(as_dict(self._config)),
+            params=_shown(flatten(as_dict(self._config))),
             metrics=flatten_metrics(report) | metrics,
             tags={
                 "checkpoint": checkpoint.id,
@@ -253,6 +253,11 @@ def set_alias(tracking: Tracking, ledger: Ledger, champion: Champion) -> None:
     there = tracking.alias("champion")
     if version is not None and (there is None or there.version != version):
         tracking.set_alias("champion", version)
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as people may see them: of addresses neither key nor secret."""
+    return {name: without_credentials(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
 def flatten_metrics(report: dict[str, Any]) -> dict[str, float]:

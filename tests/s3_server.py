@@ -34,7 +34,7 @@ class Trouble:
 
     kind: "refuse" (503, SlowDown), "slow" (answered after so many seconds), "cut" (the connection closes after half of
     the request or of the answer), "lose" (done, but the connection closes instead of an answer). times: for how many
-    requests, of these methods and with this text in their address.
+    requests, of these methods and with this text in their address; of those every n-th.
     """
 
     kind: str
@@ -42,9 +42,17 @@ class Trouble:
     seconds: float = 0.0
     methods: str = "GET HEAD PUT POST DELETE"
     containing: str = ""
+    every: int = 1
+    met: int = 0
 
     def meets(self, method: str, address: str) -> bool:
-        return self.times > 0 and method in self.methods.split() and self.containing in address
+        """Does it happen to this request? Each is asked about once."""
+        if self.times <= 0 or method not in self.methods.split() or self.containing not in address:
+            return False
+        self.met += 1
+        happens = self.met % self.every == 0
+        self.times -= happens
+        return happens
 
 
 class Server:
@@ -105,8 +113,6 @@ class Troubled:
         with self.lock:
             self.seen.append((method, address))
             trouble = self.trouble if self.trouble.meets(method, address) else None
-            if trouble:
-                trouble.times -= 1
         if trouble is None:
             return self.application(environ, start)
         if trouble.kind == "refuse":
