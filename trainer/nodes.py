@@ -27,7 +27,6 @@ HEALTH = {
     "health_check_failure_threshold": 3,
 }
 _ANSWER_S = 1.0
-_SETTLE_S = 3.0  # until what a lost round had is free again
 _LOOK_EVERY_S = 0.25
 _SAY_EVERY_S = 30.0
 _END_S = 20.0
@@ -87,23 +86,25 @@ def away_from_the_dead() -> dict[str, str] | None:
     return {_NODE_ID: f"!in({', '.join(dead)})"} if dead else None
 
 
-def wait_for_workers(least: int, most: int, needs: Needs, wait_s: float, say: Callable[[str], None]) -> int:
+def wait_for_workers(
+    least: int, most: int, needs: Needs, wait_s: float, settle_s: float, say: Callable[[str], None]
+) -> int:
     """How many workers the cluster can give, at least `least`: waits for them, and says what is missing. ClusterError
     after wait_s.
 
-    What a lost round had is free only after a moment, so less than what the nodes have is waited for that long.
+    settle_s: what the round before had is free only after a moment, so what the nodes have is waited for that long.
     """
     start = said = time.monotonic()
     said -= _SAY_EVERY_S
     while True:
         free, waited_s = free_workers(needs), time.monotonic() - start
-        if free >= most or (free >= least and (waited_s > _SETTLE_S or free >= _all_workers(needs))):
+        if free >= most or (free >= least and (waited_s > settle_s or free >= _all_workers(needs))):
             return min(free, most)
         what = " and ".join(f"{least * amount:g} {name}s" for name, amount in needs.items())
         missing = f"waits for {what}, {free} {'is' if free == 1 else 'are'} there"
         if waited_s > wait_s:
             raise ClusterError(f"{missing} after {wait_s:.0f} s: start more nodes, or lower train.workers")
-        if waited_s > _SETTLE_S and time.monotonic() - said >= _SAY_EVERY_S:
+        if waited_s > settle_s and time.monotonic() - said >= _SAY_EVERY_S:
             said = time.monotonic()
             say(missing)
         time.sleep(_LOOK_EVERY_S)

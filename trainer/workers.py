@@ -54,6 +54,8 @@ _ENVIRONMENT = {
 _COLLECTIVE_TIMEOUT_S = 300
 _POLL_S = 0.2
 _STARTS = 5  # so often in a row may workers not come to life: what the cluster seemed to have was gone again
+_SETTLE_S, _SETTLE_FOR_MORE_S = 3.0, 15.0  # until what a round had is free again
+_REST_S = 600.0
 _ANSWER_S = 0.05
 _QUESTION = "question"
 _WAIT_S = 900.0
@@ -164,15 +166,19 @@ def _rounds(
 ) -> Any:
     """Rounds until the job is done."""
     (least, most), needs = workers, needs_of_a_worker()
-    desk, in_vain = _open_desk(needs, most), 0
+    desk, in_vain, too_few = _open_desk(needs, most), 0, 0
     while True:
-        num_workers = wait_for_workers(least, most, needs, wait_s, partial(_say, on_event))
+        settle_s = _SETTLE_FOR_MORE_S if too_few else _SETTLE_S
+        num_workers = wait_for_workers(least, most, needs, wait_s, settle_s, partial(_say, on_event))
+        if num_workers <= too_few:  # somebody else was quicker: that is not tried again and again
+            desk.rest.remote()
         round_ = _Round(job, desk, num_workers, needs, hang_s)
         ended = round_.run(on_event)
         if isinstance(ended, dict) and ended["error"]:
             raise UserError(ended["error"])
         if isinstance(ended, dict) and not ended["again"]:
             return ended["result"]
+        too_few = num_workers if isinstance(ended, dict) else 0
         if isinstance(ended, str):
             remove_reservations()
         in_vain = 0 if round_.begun else in_vain + 1
@@ -432,6 +438,7 @@ class _Desk:
         self._left: set[tuple[str, int]] = set()
         self._answers: dict[str, tuple[Any, ...]] = {}  # to questions; empty while there is none
         self._dismissed: set[str] = set()
+        self._rests_until = 0.0
 
     def put(self, event: Event) -> None:
         self._events.append(event)
@@ -476,4 +483,9 @@ class _Desk:
 
     def more(self, num_workers: int) -> bool:
         """Whether a further worker would fit beside these."""
-        return num_workers < self._most and free_workers(self._needs) > 0
+        rested = time.monotonic() >= self._rests_until
+        return rested and num_workers < self._most and free_workers(self._needs) > 0
+
+    def rest(self) -> None:
+        """No more workers for a while."""
+        self._rests_until = time.monotonic() + _REST_S

@@ -18,6 +18,7 @@ from conftest import FIRST_DAY, configure
 
 from cluster.nightly import nightly
 from cluster.simulate import simulate
+from trainer import workers
 from trainer.errors import ClusterError, UserError
 from trainer.nodes import HEALTH
 from trainer.workers import Event, Worker, run_on_ray
@@ -133,6 +134,13 @@ def test_ctrl_c_leaves_nothing_behind_and_the_command_ends_with_1(tmp_path: Path
     assert not psutil.wait_procs(started, timeout=30)[1]
 
 
+def test_what_ray_train_shall_not_start_is_still_called_so() -> None:
+    import ray.train.v2.api.data_parallel_trainer as trainer
+
+    assert all(hasattr(trainer, name) for name in workers._UNUSED)
+    assert hasattr(trainer.DataParallelTrainer, "_create_default_callbacks")
+
+
 # On a cluster that was there before: a head without CPUs, and nodes of one CPU each.
 
 
@@ -206,9 +214,9 @@ def test_a_node_that_is_lost_is_done_without_and_taken_back_at_the_next_interval
     nodes.add()
     assert run.result() == "done"
     assert_each_step_once(tmp_path, intervals=3)
-    workers = [workers for *_, workers, _ in diary(tmp_path)]
-    assert workers[0] == 2 and workers[STEPS - 1] == 1, "the interval is finished on what is there"
-    assert set(workers[2 * STEPS :]) == {2}, "and the node that came is used"
+    numbers = [number for *_, number, _ in diary(tmp_path)]
+    assert numbers[0] == 2 and numbers[STEPS - 1] == 1, "the interval is finished on what is there"
+    assert set(numbers[2 * STEPS :]) == {2}, "and the node that came is used"
     at = [at for *_, at in diary(tmp_path)]
     pause = max(later - earlier for earlier, later in zip(at[:STEPS], at[1:STEPS], strict=False))
     print(f"from the loss of the node to the first new step: {pause:.1f} s")
