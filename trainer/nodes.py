@@ -1,9 +1,9 @@
 """What the cluster can give now, and how a process on any of its machines is ended. Beside workers.py the only file
 that imports ray.
 
-Ray learns seconds late that a machine is gone (about 17 by default; `ray start --system-config` can shorten it, see
-HEALTH): until then it offers what that machine had. So every node is asked itself: a raylet that is gone refuses the
-connection at once.
+Ray learns late (after about 17 s) that a machine is gone, and until then offers what it had. A shorter health check
+would take a busy machine for a dead one. So every node is asked itself: where a raylet is gone a connection is refused
+at once, and where a machine is gone it is not made within a second; a busy one's kernel takes it.
 """
 
 import contextlib
@@ -18,14 +18,6 @@ from typing import Any
 from trainer.errors import ClusterError
 from trainer.watch import Place
 
-# How a cluster that we start ourselves learns within four seconds that a node is gone. For `ray start --head`:
-# --system-config='{"health_check_initial_delay_ms": 1000, ...}'.
-HEALTH = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}
 _ANSWER_S = 1.0
 _LOOK_EVERY_S = 0.25
 _SAY_EVERY_S = 30.0

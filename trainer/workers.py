@@ -27,7 +27,6 @@ from embeddings.pulse import beat
 from embeddings.shared_memory import connect
 from trainer.errors import ClusterError, UserError
 from trainer.nodes import (
-    HEALTH,
     away_from_the_dead,
     end,
     free_workers,
@@ -152,7 +151,6 @@ def _start(num_workers: int) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        _system_config=HEALTH,
     )
 
 

@@ -20,7 +20,6 @@ from cluster.nightly import nightly
 from cluster.simulate import simulate
 from trainer import workers
 from trainer.errors import ClusterError, UserError
-from trainer.nodes import HEALTH
 from trainer.workers import Event, Worker, run_on_ray
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
@@ -152,7 +151,7 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False, "_system_config": HEALTH}
+        head = {"num_cpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}
         self.cluster, self._used = Cluster(initialize_head=True, head_node_args=head), 2
         ray.init(address=self.cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
 
@@ -240,7 +239,7 @@ def test_failures_are_told_when_they_are_used_up_and_a_users_error_is_none(nodes
         run_on_ray(counting(tmp_path, [kill_myself] * 2), events.append, workers=(2, 2), max_failures=1)
     first, *numbered = str(raised.value).splitlines()
     assert first == "workers were lost 2 times, and nightly.max_failures is 1"
-    assert [line[:15] for line in numbered] == ["  1. worker 1 (p", "  2. worker 1 (p"]
+    assert [line[:16] for line in numbered] == ["  1. worker 1 (p", "  2. worker 1 (p"]
     assert len([event for event in events if event["event"] == "lost"]) == 1
     with pytest.raises(UserError, match="^the day is bad$"):
         run_on_ray(counting(tmp_path, [], ends_with="the day is bad"), events.append, workers=(2, 2), max_failures=0)
