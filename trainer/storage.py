@@ -182,6 +182,9 @@ def _sync_folder(folder: str) -> None:
 
 def open_filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """A local path, or the URI of any filesystem that pyarrow knows (s3://, gs://, hdfs://, file://)."""
+    if "tls_verify_certificates" in path.rpartition("?")[2]:  # pyarrow takes it from a URI, and from nowhere else
+        what, do = "certificates are always verified", "name the server's own: tls_ca_file_path=/path/to.pem"
+        raise UserError(what, without_credentials(path), got="tls_verify_certificates", do=do)
     try:
         if "://" in path:
             filesystem, root = pyarrow.fs.FileSystem.from_uri(path)

@@ -165,3 +165,8 @@ def test_a_storage_shows_no_credentials_and_keeps_the_options_of_its_address() -
     assert (options["access_key"], options["secret_key"], options["region"]) == ("KEY", "hu/sh", "eu-west-3")
     assert (options["scheme"], options["endpoint_override"]) == ("http", "127.0.0.1:9")
     assert options["request_timeout"] > 3, "pyarrow's own"
+
+
+def test_an_option_that_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(UserError, match="tls_ca_file_path"):
+        Storage("s3://KEY:hush@bucket/folder?tls_verify_certificates=false")
