@@ -193,7 +193,11 @@ class Lock:
 
     def _write(self, claim: Claim) -> None:
         self._claim = replace(claim, at=time.time())
-        self._storage.write(f"{claim.id}.claim", json.dumps(asdict(self._claim)).encode())
+        name, content = f"{claim.id}.claim", json.dumps(asdict(self._claim)).encode()
+        try:
+            self._storage.write(name, content)
+        except FileNotFoundError:  # who holds the lock took it, under its temporary name, for one of a killed night
+            self._storage.write(name, content)
 
     def _beat(self) -> None:
         self._storage.write(f"{self._claim.id}.beat", json.dumps(time.time()).encode())

@@ -131,10 +131,11 @@ def test_a_stream_that_its_writer_gives_up_leaves_no_file(storage: Storage, size
     assert storage.files(recursive=True) == []
 
 
-def test_a_reader_never_sees_half_a_file(storage: Storage) -> None:
-    contents = [bytes([n]) * 400_000 for n in range(2)]
+@pytest.mark.parametrize("sizes", [(400_000, 400_000), (270, 1_000, 40)], ids=["one size", "several sizes"])
+def test_a_reader_never_sees_half_a_file(storage: Storage, sizes: tuple[int, ...]) -> None:
+    contents = [bytes([n]) * size for n, size in enumerate(sizes)]
     storage.write("name", contents[0])
-    writer = threading.Thread(target=lambda: [storage.write("name", content) for content in contents * 10])
+    writer = threading.Thread(target=lambda: [storage.write("name", content) for content in contents * 20])
     writer.start()
     seen = set()
     while writer.is_alive():
