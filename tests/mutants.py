@@ -27,7 +27,7 @@ import pytest
 from wrong.mutant import Mutant
 
 ROOT = Path(__file__).parent.parent
-GROUPS = ("graph", "balance", "bodies", "towers", "step", "nights", "logs")
+GROUPS = ("graph", "balance", "bodies", "towers", "step", "nights", "logs", "saving")
 HEAVY = (  # what takes seconds to import, and is not ours
     "torch",
     "fbgemm_gpu",

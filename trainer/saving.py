@@ -29,7 +29,7 @@ from trainer.errors import UserError
 from trainer.intervals import Interval
 from trainer.learner import Learner
 from trainer.retention import clean
-from trainer.writing import Entries, Writing, with_layer, write_files
+from trainer.writing import Entries, Writing, free, with_layer, write_files
 
 _LOOK_EVERY_S = 1.0  # so often the workers agree on whether a snapshot is due
 _MOST_STEPS = 10_000  # between two looks, whatever the clock says
@@ -72,6 +72,7 @@ class Saving:
         self._newest: Checkpoint | None = None  # the newest commit that the learner builds on
         self._layers: list[dict[str, Any]] = []  # from a base to the newest snapshot; whole on worker 0
         self._own: list[str] = []  # the newest snapshot's files besides rows
+        self._lost: list[str] = []  # folders of snapshots that failed
         self._writing: Writing | None = None
         self._fresh = fresh
 
@@ -79,6 +80,11 @@ class Saving:
     def newest(self) -> Interval | None:
         """The newest committed interval that the learner builds on; None: it began with nothing."""
         return self._newest.interval if self._newest else None
+
+    @property
+    def _below(self) -> str | None:
+        """The commit that the interval builds on; a snapshot of it builds on the same one."""
+        return self._newest.id if self._newest else None
 
     @property
     def is_writing(self) -> bool:
@@ -105,7 +111,10 @@ class Saving:
         checkpoints, learner = self._checkpoints, self.learner
         self._newest = together(self._exchange, lambda: checkpoints.latest(before=self._interval))
         progress = together(self._exchange, lambda: checkpoints.stored(lambda: checkpoints.progress(self._interval)))
-        if progress is not None and progress.manifest["about"] != self._about:
+        if progress is not None and (progress.manifest["about"], progress.manifest["below"]) != (
+            self._about,
+            self._below,
+        ):
             progress = None
         attempt = told(self._exchange, progress and progress.manifest["attempt"])
         everybody_has_it = self._all(progress is not None and progress.manifest["attempt"] == attempt)
@@ -178,6 +187,7 @@ class Saving:
             self._layers, self._own = self._writing.manifest["layers"], _own_files(self._writing.manifest)
         else:
             self._writing.snapshot.undo()
+            self._lost.append(folder_of(self._writing.manifest))
         self._snapshots["written" if good else "failed"] += 1
         self._writing = None
 
@@ -187,16 +197,19 @@ class Saving:
         states = {COUNTED.format(worker=rank): counted.state()}
         if rank == 0:
             states[DENSE] = dense_state(self.learner)
+        about = {"about": self._about, "below": self._below, "scored": self._under_way.scored, "steps": counted.steps}
         self._writing = Writing(
             self._checkpoints,
             self._interval,
             Snapshot(self.learner.embeddings.shard, base=not self._layers),
             states,
-            self._manifest(attempt) | {"about": self._about, "steps": counted.steps, "scored": self._under_way.scored},
+            self._manifest(attempt) | about,
             rank=rank,
             patience_s=self._patience_s,
             superseded=self._own,
+            lost=self._lost if rank == 0 else [],
         )
+        self._lost = []
         self._writing.start()
 
     def commit(self, report: dict[str, Any], **more: Any) -> Checkpoint:
@@ -206,6 +219,9 @@ class Saving:
         """
         self._end_writing()
         together(self._exchange, self._checkpoints.mine)  # else what is written now would lie about for nobody
+        if self._exchange.rank == 0:
+            free(self._checkpoints.storage, self._lost)
+        self._lost = []
         base = told(self._exchange, self._base_is_due())
         attempt, mine = self._retried(lambda: self._write(base))
         parts = gather_json(self._exchange, mine)

@@ -37,6 +37,13 @@ def write_files(folder: Storage, snapshot: Snapshot, states: Mapping[str, State]
     return rows, files
 
 
+def free(storage: Storage, folders: list[str]) -> None:
+    """Remove what failed snapshots wrote: the next one needs the space. What cannot be removed now is a leftover."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            storage.delete_folder(folder)
+
+
 def with_layer(manifest: Manifest, parts: list[tuple[Entries, Entries]]) -> Manifest:
     """A manifest with what all workers wrote: the newest layer, and its own files."""
     rows, files = ({name: entry for part in parts for name, entry in part[i].items()} for i in (0, 1))
@@ -46,7 +53,8 @@ def with_layer(manifest: Manifest, parts: list[tuple[Entries, Entries]]) -> Mani
 
 class Writing(threading.Thread):
     """Writes one worker's part of a snapshot; on worker 0 all that makes it exist. error: why it does not, until it
-    does. superseded: files that nobody needs once it exists.
+    does. superseded: files that nobody needs once it exists. lost: folders of snapshots that failed, removed
+    first.
     """
 
     def __init__(
@@ -60,10 +68,12 @@ class Writing(threading.Thread):
         rank: int,
         patience_s: float,
         superseded: list[str],
+        lost: list[str],
     ):
         super().__init__(name="snapshot", daemon=True)
         self._checkpoints, self._interval, self._states = checkpoints, interval, states
-        self._rank, self._patience_s, self._superseded = rank, patience_s, superseded
+        self._rank, self._patience_s = rank, patience_s
+        self._superseded, self._lost = superseded, lost
         self._folder = checkpoints.storage.within(folder_of(manifest))
         self._given_up = threading.Event()
         self.snapshot, self.manifest = snapshot, manifest
@@ -75,6 +85,7 @@ class Writing(threading.Thread):
 
     def run(self) -> None:
         try:
+            free(self._checkpoints.storage, self._lost)
             mine = self._checkpoints.stored(self._write_part)
             if self._rank == 0:
                 self._checkpoints.stored(self._finish)
@@ -92,20 +103,13 @@ class Writing(threading.Thread):
         except UserError as error:
             with contextlib.suppress(OSError):
                 self._folder.write(name, json.dumps({"error": str(error)}).encode())
-            if self._rank:
-                raise
-            return {}, {}  # the others' parts are waited for: then all of it is removed
+            raise
         self._folder.write(name, json.dumps({"rows": rows, "files": files}).encode())
         return rows, files
 
     def _finish(self) -> None:
-        """Wait for all parts; then the snapshot exists, or its space is free again."""
-        try:
-            self.manifest = with_layer(self.manifest, self._parts())
-        except (OSError, UserError):
-            with contextlib.suppress(OSError):
-                self._folder.delete_folder()  # the next one needs the space
-            raise
+        """Wait for all parts; then the snapshot exists."""
+        self.manifest = with_layer(self.manifest, self._parts())
         self._checkpoints.write_manifest(self._interval, PROGRESS, self.manifest)
         with contextlib.suppress(OSError):
             for name in self._superseded:
