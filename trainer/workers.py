@@ -246,7 +246,6 @@ class _Round:
         import ray.train
         import ray.train.torch
 
-        away = away_from_the_dead()
         try:
             result = _trainer()(
                 _on_worker,
@@ -256,7 +255,7 @@ class _Round:
                     num_workers=self._num_workers,
                     use_gpu="GPU" in self._needs,
                     resources_per_worker=self._needs,
-                    label_selector=away,
+                    label_selector=away_from_the_dead(),
                 ),
                 run_config=ray.train.RunConfig(
                     name=self._name,
