@@ -5,7 +5,7 @@ middle; the next call goes on. Call it where nobody else writes: under the night
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 from trainer.checkpoint import MANIFEST, PROGRESS, Checkpoint, Checkpoints
 from trainer.intervals import Interval
@@ -46,17 +46,30 @@ def prune(checkpoints: Checkpoints, *, keep_days: int, keep_bases: int, keep: Co
     recent = [i for i in committed if (committed[-1].day - i.day).days < keep_days]
     if not recent or begun[0] >= recent[0]:
         return
-    opened = {interval: checkpoints.open(interval) for interval in committed}
-    old = [interval for interval in committed if interval not in recent]
+    old = [interval for interval in committed if interval < recent[0]]
+    opened = {interval: checkpoints.open(interval) for interval in old}
     bases = [interval for interval in old if opened[interval].is_base]
     kept = {*recent, *bases[len(bases) - min(keep_bases, len(bases)) :], *keep}
     for interval in old:
         if interval not in kept:
             checkpoints.storage.delete(f"{interval.folder}/{MANIFEST}")
-    needed = _needed([opened[interval] for interval in committed if interval in kept])
+    needed = _needed(
+        [*(opened[interval] for interval in old if interval in kept), *_reaching_back(checkpoints, recent)]
+    )
     for interval in begun:
         if interval < recent[0] and interval not in kept:
             _keep_only(checkpoints, interval, needed)
+
+
+def _reaching_back(checkpoints: Checkpoints, recent: Sequence[Interval]) -> Iterator[Checkpoint]:
+    """Of the newest intervals those whose chains begin before them. A chain goes on from that of the interval before or
+    begins anew, so after the first that begins among them no other reaches further back.
+    """
+    for interval in recent:
+        checkpoint = checkpoints.open(interval)
+        if Interval.parse(checkpoint.layers[0]["interval"], "a manifest") >= recent[0]:
+            return
+        yield checkpoint
 
 
 def remove(checkpoints: Checkpoints, first: Interval) -> None:
