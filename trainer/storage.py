@@ -57,15 +57,27 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """The whole file. FileNotFoundError when it is absent."""
-        while True:
-            with self.filesystem.open_input_file(self._at(name)) as stream:  # it knows its size: one request for all
+        if not self._is_object_store:
+            with self.filesystem.open_input_file(self._at(name)) as stream:
+                return bytes(stream.read())
+        while (content := self._read_object(name)) is None:
+            pass
+        return content
+
+    def _read_object(self, name: str) -> bytes | None:
+        """The whole object, or None when it was replaced meanwhile. pyarrow asks for the size first, and then for so
+        many bytes: of an object that is replaced in between by one of another size, that is a part, more than there is,
+        or an error.
+        """
+        path, content = self._at(name), None
+        with self.filesystem.open_input_file(path) as stream:  # it knows its size: one request for all
+            size = stream.size()
+            try:
                 content = bytes(stream.read())
-            if not self._is_object_store:
-                return content
-            # pyarrow asks for the size first, and then for so many bytes: of a file that was replaced in between by one
-            # of another size, that is a part, or more than there is.
-            if self.filesystem.get_file_info(self._at(name)).size == len(content):
-                return content
+            except OSError:
+                if self.filesystem.get_file_info(path).size == size:
+                    raise
+        return content if self.filesystem.get_file_info(path).size == size else None
 
     def write(self, name: str, content: bytes) -> None:
         """All of the content or none of it. Makes the folders above, and replaces what has the name."""
