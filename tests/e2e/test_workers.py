@@ -186,7 +186,7 @@ class Beside:
         self._thread = threading.Thread(target=lambda: self._result.append(call(self.events.append)), daemon=True)
         self._thread.start()
 
-    def wait_for(self, what: Callable[[Event], bool], seconds: float = 200) -> Event:
+    def wait_for(self, what: Callable[[Event], bool], seconds: float = 500) -> Event:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and (self._thread.is_alive() or self.events):
             if found := [event for event in self.events if what(event)]:
@@ -195,7 +195,7 @@ class Beside:
         raise AssertionError(f"it was never told; told were {self.events}")
 
     def result(self) -> Any:
-        self._thread.join(300)
+        self._thread.join(500)
         assert self._result, self.events
         return self._result[0]
 
