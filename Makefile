@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check bench evidence mutants clean
+.PHONY: demo test check bench evidence mutants faults chaos clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,14 @@ evidence: $(VENV)/installed
 # Wrong versions of the techniques, most of them shipped by somebody: do the tests see each?
 mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py
+
+# A night killed at each of a hundred points, then the same command again: is all as if nothing had happened?
+faults: $(VENV)/installed
+	$(BIN)/python -m pytest -q tests/faults/test_kill_points.py --faults
+
+# Fifteen days on a small Ray cluster while workers, nodes, drivers, disks and storage fail: about 20 minutes.
+chaos: $(VENV)/installed
+	PYTHONPATH=.:tests $(BIN)/python -m faults.chaos
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -33,6 +33,7 @@ from trainer.intervals import Interval
 
 FIRST_DAY = datetime.date(2026, 11, 1)
 TICK_S = 0.1
+OF_OTHERS = ("ray", "torchinductor_root")  # caches that Ray and PyTorch keep for the next process
 START_AGAIN_S = 1.0  # after the command ended
 
 CONFIG = """
@@ -215,10 +216,12 @@ class Run:
         if runs != ["FINISHED"] * options.days:
             broken.append(f"the runs in MLflow: {runs}")
         broken += [f"left behind: {what}" for what in leftovers(self.night)]
-        broken += [f"left behind: {path}" for path in (self.night.folder / "tmp").iterdir()]
+        shutil.rmtree(self.world.session)
+        scratch = self.night.folder / "tmp"
+        temporary = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
+        broken += [f"left behind: {path}" for path in temporary if path.parts[0] not in OF_OTHERS]
         late = [s for s in self.strikes if s.fault == "worker killed" and (s.recovered_s or 0) > options.recovery_s]
         broken += [f"a killed worker was replaced only after {s.recovered_s:.0f} s" for s in late]
-        shutil.rmtree(self.world.session, ignore_errors=True)
         return broken
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -57,17 +58,20 @@ model:
   position: {features: [position], tasks: [click]}
 train: {workers: 2, batch_size: 64, dense: {lr: 0.003}}
 tracking: {mlflow: "sqlite:///ROOT/mlflow.db"}
-checkpoints: {path: ROOT/checkpoints}
+checkpoints: {path: ROOT/checkpoints, base_every: 2, progress_minutes: 0.001, keep_days: 1, keep_bases: 1}
 """
 
 
 @dataclass
 class Night:
-    """One folder: configuration, checkpoints, MLflow database, and faults/ for the rig."""
+    """One folder: configuration, checkpoints, MLflow database, and faults/ for the rig. database: an empty one, for
+    those who need many: MLflow takes seconds to make one.
+    """
 
     folder: Path
     logs: Path
     text: str = CONFIG
+    database: Path | None = None
     codes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class Night:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         text = self.text.replace("LOGS", str(self.logs)).replace("ROOT", str(self.folder))
         (self.folder / "small.yaml").write_text(text)
+        if self.database:
+            shutil.copy(self.database, self.folder / "mlflow.db")
 
     @property
     def config(self) -> Config:

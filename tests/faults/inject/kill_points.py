@@ -130,9 +130,9 @@ SNAPSHOTS = {
 }
 RETENTION = {
     **around("progress-deleted", "trainer.storage", "Storage.delete", holds=opened(rf"day={DAY}/progress\.json$")),
-    **around("snapshot-deleted", "trainer.storage", "Storage.delete_folder", holds=opened(rf"day={DAY}/")),
-    **around("old-manifest-deleted", "trainer.storage", "Storage.delete", holds=opened(r"day=.*/manifest\.json$")),
-    **around("old-files-deleted", "trainer.storage", "Storage.delete_folder", holds=opened(r"day=2026-11-01/")),
+    **around("superseded-deleted", "trainer.storage", "Storage.delete", holds=opened(rf"day={DAY}/[0-9a-f]{{12}}/")),
+    **around("old-manifest-deleted", "trainer.storage", "Storage.delete", holds=opened(rf"day={DAY}/manifest\.json$")),
+    **around("old-files-deleted", "trainer.storage", "Storage.delete_folder", holds=opened(rf"day={DAY}/")),
 }
 ENTRIES = {
     **entered("planned"),
