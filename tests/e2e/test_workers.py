@@ -151,13 +151,14 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+        self._net = f"127.{os.getpid() >> 8 & 127}.{os.getpid() & 255}"  # beside other runs of this test
+        head = {"num_cpus": 0, "node_ip_address": f"{self._net}.2", "include_dashboard": False}
         self.cluster, self._used = Cluster(initialize_head=True, head_node_args=head), 2
-        ray.init(address=self.cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=self.cluster.address, _node_ip_address=f"{self._net}.2", log_to_driver=False)
 
     def add(self) -> Any:
         self._used += 1
-        return self.cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{self._used}")
+        return self.cluster.add_node(num_cpus=1, node_ip_address=f"{self._net}.{self._used}")
 
     def kill(self, node: Any) -> None:
         """As when a machine loses its power: all of its processes at once."""
