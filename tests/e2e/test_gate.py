@@ -281,8 +281,8 @@ def test_the_same_night_without_harm_is_promoted(nights: Nights) -> None:
 def test_the_night_after_bad_rows_is_promoted_beside_the_champion(nights: Nights, what: str) -> None:
     """What a day of bad rows did to the model is too little to see: it costs one night of freshness."""
     held, learner = bad_night(nights, *BAD[what][:2])
-    champion = (str(nights.before[-1].report["day"]), copy.deepcopy(nights.learner))
-    after = night(nights.config, learner, nights.day(BAD_AFTER + 1), [*nights.before, held], champion)
+    name, champion = str(nights.before[-1].report["day"]), copy.deepcopy(nights.learner)
+    after = night(nights.config, learner, nights.day(BAD_AFTER + 1), [*nights.before, held], (name, lambda: champion))
     difference = after.report["rival"]["differences"]["click@all"]
     print(f"\nafter {what}: {after.state}: {after.reason}; from the champion {difference}")
     assert held.state == "held" and after.state == "promoted"
