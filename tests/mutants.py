@@ -38,7 +38,7 @@ HEAVY = (  # what takes seconds to import, and is not ours
     "sklearn.metrics",
     "scipy.optimize",
 )
-PATIENCE_S = 120.0  # a wrong version that makes a test run longer than this hangs
+PATIENCE_S, EACH_S = 120.0, 10.0  # for all tests, and for each: a wrong version that makes them run longer hangs
 BROKEN_PROMISES = ("AssertionError", "Failed")  # assert; pytest.raises and pytest.fail
 
 
@@ -111,9 +111,10 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> Ended:
     if process == 0:
         _child(ours, tests, mutant)
     ours.close()
-    if not select.select([theirs], [], [], PATIENCE_S)[0]:
+    patience_s = PATIENCE_S + EACH_S * len(tests)
+    if not select.select([theirs], [], [], patience_s)[0]:
         os.kill(process, signal.SIGKILL)
-        ended = Ended([], [], f"no end within {PATIENCE_S:g} s")
+        ended = Ended([], [], f"no end within {patience_s:g} s")
     else:
         with contextlib.suppress(EOFError):
             ended = Ended([], [], "the process died")
