@@ -92,7 +92,7 @@ def train(
     with Show(console) as show:
         entry = train_one(settings, interval, use_ray=not no_ray, on_event=show.event)
     if not entry["trained"]:
-        _say(console, f"{interval.words} is trained already, in {_place(settings)}")
+        _say(console, f"{interval.words} is trained already, in {_shown(settings.checkpoints.path)}")
     _finish(as_json, entry)
 
 
@@ -221,7 +221,7 @@ def status(
     if found["days"]:
         console.print(days_table(found["days"]))
     else:
-        _say(console, f"no day is done yet in {_place(settings)}/{settings.name}")
+        _say(console, f"no day is done yet in {_shown(settings.checkpoints.path)}/{settings.name}")
     if found["ledger"]:
         console.print(states_table(found["ledger"]))
     champion, holder = found["serving"], found["lock"]
@@ -297,7 +297,7 @@ def verify(
     for entry in found:
         _say(console, f"{entry['day']}: {'every file is as it was written' if entry['ok'] else entry['error']}")
     if not found:
-        _say(console, f"there is no checkpoint in {_place(settings)}/{settings.name}")
+        _say(console, f"there is no checkpoint in {_shown(settings.checkpoints.path)}/{settings.name}")
     good = all(entry["ok"] for entry in found)
     _finish(as_json, {"model": settings.name, "ok": good, "days": found})
     if not good:
@@ -341,11 +341,11 @@ def _load(path: str, sets: list[str]) -> Any:
     return load(path, sets)
 
 
-def _place(settings: Any) -> str:
-    """Where the checkpoints lie, without key and secret."""
+def _shown(address: str) -> str:
+    """An address without key, password and secret."""
     from trainer.storage import without_credentials
 
-    return without_credentials(settings.checkpoints.path)
+    return without_credentials(address)
 
 
 def _console(as_json: bool) -> Console:
@@ -409,7 +409,7 @@ def _print_data(console: Console, report: dict[str, Any]) -> None:
 
 def _how_to_open(uri: str) -> str:
     if not uri.startswith("sqlite:"):
-        return f"MLflow: {uri}"
+        return f"MLflow: {_shown(uri)}"
     mlflow = Path(sys.executable).with_name("mlflow")
     here = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
     return (
