@@ -17,7 +17,8 @@ from faults.nights import Night
 from ray.cluster_utils import Cluster
 from small_disk import fill
 
-NODES = ("127.0.0.3", "127.0.0.4")  # of one processor each; the head, 127.0.0.2, has none
+_NET = f"127.{os.getpid() >> 8 & 127}.{os.getpid() & 255}"  # beside other clusters on this machine
+HEAD, NODES = f"{_NET}.2", (f"{_NET}.3", f"{_NET}.4")  # nodes of one processor each; the head has none
 AWAY_S, FULL_S, REFUSES_S, SLOW_S, HANGS_S = 15.0, 6.0, 5.0, 8.0, 120.0
 SLOW_CALL_S = 0.3
 _SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_timeout_ms": 2000}
@@ -35,7 +36,7 @@ class World:
     nodes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        head = {"num_cpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+        head = {"num_cpus": 0, "node_ip_address": HEAD, "include_dashboard": False}
         system = _SOON | {"health_check_failure_threshold": 3}
         self.cluster = Cluster(True, head_node_args=head | {"_system_config": system, "object_store_memory": 10**8})
         self.session = Path(self.cluster.head_node.get_session_dir_path())
@@ -98,10 +99,14 @@ def worker_hangs(world: World) -> Iterator[float]:
 
 
 def node_killed(world: World) -> Iterator[float]:
-    """The node of a worker goes without a word, and comes back later."""
+    """The node of a worker loses its power, with all that runs on it, and comes back later."""
     raylet = world.chance.choice(world.workers()).ppid()
     address = next(a for a, node in world.nodes.items() if raylet in _raylets(node))
+    on_it = psutil.Process(raylet).children(recursive=True)
     world.cluster.remove_node(world.nodes.pop(address), allow_graceful=False)
+    for process in on_it:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     yield AWAY_S
     world.join(address)
 
