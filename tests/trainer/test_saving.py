@@ -43,7 +43,7 @@ OPTIONS = (
     "train.batch_size=500",
     "tables.item={dim: 8, capacity_rows: 90, grow: false, when_full: evict, min_count: 2, default_row: trained}",
     "tables.user={dim: 8, min_count: 4, admission: {kind: sketch, cells: 65536}, budget_rows: 120, ttl_days: 2}",
-    "features.then={kind: id_stats, table: item, of: [impressions, click], until: batch}",
+    "features.then={kind: id_stats, table: item, of: [impressions, click/impressions], until: batch}",
     "model.balance={kind: gradnorm, first: 3}",
 )
 
