@@ -47,6 +47,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a node that is drained is lost in the end, and done without
     "RAY_worker_niceness": "0",  # at Ray's 15, anything else on the machine goes first
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

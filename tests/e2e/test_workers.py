@@ -250,10 +250,10 @@ def test_a_day_whose_node_is_lost_is_finished_on_one_worker_and_the_next_uses_tw
     nodes: Nodes, tmp_path: Path
 ) -> None:
     """The real night. Law 1: its metrics are those of an undisturbed one."""
-    simulate(str(tmp_path), days=3, start=FIRST_DAY, users=200, items=150, rows_per_day=24_000, seed=1)
+    simulate(str(tmp_path), days=4, start=FIRST_DAY, users=200, items=150, rows_per_day=24_000, seed=1)
     for name in ("disturbed", "undisturbed"):
         (tmp_path / name).mkdir()
-    settings = ("train.batch_size=128", "train.workers={min: 1, max: 2}")
+    settings = ("train.batch_size=64", "train.workers={min: 1, max: 2}")
     disturbed = configure(tmp_path / "logs", tmp_path / "disturbed")(*settings)
     undisturbed = configure(tmp_path / "logs", tmp_path / "undisturbed")(*settings)
     want = nightly(undisturbed, use_ray=False, on_event=lambda event: None)
@@ -264,9 +264,12 @@ def test_a_day_whose_node_is_lost_is_finished_on_one_worker_and_the_next_uses_tw
     night.wait_for(lambda e: e["event"] == "progress" and e["day"] == second and e["phase"] == "train")
     nodes.kill(lost)
     night.wait_for(lambda event: event["event"] == "lost")
-    nodes.add()
+    told = len(night.events)
+    night.wait_for(lambda e: e["event"] == "progress" and night.events.index(e) > told)
+    nodes.add()  # from the next day, or the one after it
     report = night.result()
-    assert [day["workers"] for day in report["days"]] == [2, 1, 2]
+    workers = [day["workers"] for day in report["days"]]
+    assert workers[:2] == [2, 1] and workers[3] == 2, workers
     assert [day["state"] for day in report["days"]] == [day["state"] for day in want["days"]]
     for day, wanted in zip(report["days"], want["days"], strict=True):
         for address, metrics in wanted["metrics"].items():
