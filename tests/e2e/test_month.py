@@ -140,8 +140,10 @@ def test_memory_and_disk_are_flat(deltas: Month) -> None:
     """Once the oldest kept day is as old as it may be, the disk has seen its largest; a night leaves no memory."""
     full = KEPT_DAYS + BASE_EVERY
     assert max(deltas.disk_bytes[full:]) < 1.2 * max(deltas.disk_bytes[:full])
-    grown_mb = (deltas.memory_bytes[-1] - deltas.memory_bytes[full]) / 1e6
-    assert grown_mb < 40, f"{grown_mb:.0f} MB more after {DAYS - full} further nights"
+    grown = deltas.memory_bytes[-1] / deltas.memory_bytes[full]
+    assert grown < 1.08, (
+        f"{grown:.2f} times the memory after {DAYS - full} further nights"
+    )  # 1.03 in a process of its own
 
 
 def test_any_kept_day_is_restored_and_scores_the_next_as_its_night_did(deltas: Month) -> None:
